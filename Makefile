@@ -1,0 +1,22 @@
+# make venv | make test | make demo: each sets up what is missing, then runs.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+
+.PHONY: venv test lint demo
+.DEFAULT_GOAL := test
+
+venv: $(VENV)/.complete
+
+$(VENV)/.complete: tools/setup_venv.sh tools/install_detectron2.py setup.py constraints.txt
+	@PYTHON="$(PYTHON)" bash tools/setup_venv.sh "$(VENV)"
+
+test: venv
+	$(PY) -m pytest tests
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+demo: venv
+	$(PY) tools/demo.py

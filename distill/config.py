@@ -1,0 +1,192 @@
+"""The config nodes of this package, and how config files are read."""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from .errors import DistillError
+
+CN = CfgNode
+
+
+def add_distill_config(cfg: CfgNode) -> None:
+    """Adds the keys of this package to a Detectron2 config, in place.
+
+    Args:
+        cfg: what ``detectron2.config.get_cfg`` returns.
+    """
+    _C = cfg
+    _C.DISTILL = CN()
+
+    _C.DISTILL.STUDENT = CN()
+    # The student's meta-architecture. The rest of MODEL.* describes the student, as in plain Detectron2.
+    _C.DISTILL.STUDENT.META_ARCHITECTURE = "GeneralizedRCNN"
+    # Prefixes of the student's weights that are copied from the teacher at the start, such as
+    # "backbone.fpn_" or "roi_heads" (Kang et al., NeurIPS 2021). All that they name must fit.
+    _C.DISTILL.STUDENT.INHERIT = []
+
+    _C.DISTILL.TEACHER = CN()
+    # A config file, or the name of a config in Detectron2's model zoo
+    _C.DISTILL.TEACHER.CONFIG_FILE = ""
+    # A file or URL. Empty: the model zoo's weights for a zoo config, else the MODEL.WEIGHTS of that config.
+    _C.DISTILL.TEACHER.WEIGHTS = ""
+    # Overrides of the teacher's config, as on the command line: [KEY, VALUE, ...]
+    _C.DISTILL.TEACHER.OPTS = []
+
+    # Names in DISTILLER_REGISTRY; their losses add up
+    _C.DISTILL.DISTILLERS = []
+    # Modules to import first, so that the distillers in them register
+    _C.DISTILL.IMPORTS = []
+
+    # Knowledge review (arXiv 2104.09044)
+    _C.DISTILL.REVIEW = CN()
+    _C.DISTILL.REVIEW.LOSS_WEIGHT = 1.0
+    # FPN levels to compare, such as ["p3", "p4"]. Empty: all that student and teacher share.
+    _C.DISTILL.REVIEW.LEVELS = []
+    # Channels inside the fusion modules
+    _C.DISTILL.REVIEW.MID_CHANNELS = 256
+    # Norm of the fusion modules, in Detectron2's terms: "BN", "SyncBN", "GN", "" ...
+    _C.DISTILL.REVIEW.NORM = "BN"
+    # Sizes that the maps are pooled to, besides their own, in the hierarchical context loss
+    _C.DISTILL.REVIEW.POOL_SIZES = [4, 2, 1]
+
+    # Data sets to register first: "name=voc:ROOT:SPLIT[:class,class,...]" or "name=coco:JSON:IMAGE_ROOT"
+    _C.DATASETS.REGISTER = []
+
+    # "SGD" (with SOLVER.MOMENTUM and NESTEROV) or "AdamW"
+    _C.SOLVER.OPTIMIZER = "SGD"
+
+    # torchvision classification networks, for build_torchvision_fpn_backbone
+    _C.MODEL.TORCHVISION = CN()
+    # A name of torchvision.models, such as "resnet18" or "mobilenet_v2"
+    _C.MODEL.TORCHVISION.NAME = "mobilenet_v2"
+    # Nodes of torchvision's feature extraction whose outputs the FPN takes, finest first
+    _C.MODEL.TORCHVISION.OUT_FEATURES = ["features.3", "features.6", "features.13", "features.17"]
+    # What takes the place of the network's batch norms: "BN", "FrozenBN", "SyncBN", "GN" ...
+    _C.MODEL.TORCHVISION.NORM = "FrozenBN"
+    # Empty: random; a name of torchvision's weights, such as "IMAGENET1K_V1"; or a file with a state dict
+    _C.MODEL.TORCHVISION.WEIGHTS = ""
+
+    # FCOS, which Detectron2 has as Python only; the losses and the heads are Detectron2's
+    _C.MODEL.FCOS = CN()
+    _C.MODEL.FCOS.NUM_CLASSES = 80
+    _C.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions in each tower of the head, and the norm after them
+    _C.MODEL.FCOS.NUM_CONVS = 4
+    _C.MODEL.FCOS.NORM = "GN"
+    # Foreground probability that the classification starts from
+    _C.MODEL.FCOS.PRIOR_PROB = 0.01
+    # A point is positive within this many strides of a box's centre
+    _C.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    _C.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    _C.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    _C.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    _C.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    _C.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
+
+def resolve_config_file(name: str) -> tuple[str, bool]:
+    """Finds a config file.
+
+    Args:
+        name: path of a file, or the name of a config in Detectron2's model zoo.
+
+    Returns:
+        Its path, and whether it is the model zoo's.
+
+    Raises:
+        DistillError: there is no such file or name.
+    """
+    if os.path.isfile(name):
+        return name, False
+    try:
+        return model_zoo.get_config_file(name), True
+    except RuntimeError:
+        raise DistillError(
+            f"Config {name!r} is neither a file nor a config of Detectron2's model zoo. Give a path (from the "
+            "current folder) or a name such as 'COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml'."
+        ) from None
+
+
+def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Reads a config, with the keys of this package and safe YAML only.
+
+    Args:
+        name: path of a file, or the name of a config in Detectron2's model zoo. Only the zoo's own files, read
+            from inside its package, may contain ``!!python`` tags.
+        opts: overrides, ``[KEY, VALUE, ...]``.
+
+    Returns:
+        The config, not frozen.
+
+    Raises:
+        DistillError: no such file, not safe YAML, an unknown key (the nearest known one is named), or a value
+            of the wrong type.
+    """
+    path, from_zoo = resolve_config_file(name)
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    try:
+        cfg.merge_from_file(path, allow_unsafe=from_zoo)
+    except yaml.constructor.ConstructorError as error:
+        raise DistillError(
+            f"Config {path} is not safe YAML: {error.problem}{error.problem_mark or ''}. Python tags can run any "
+            "code and are refused: write the value out."
+        ) from None
+    except yaml.YAMLError as error:
+        raise DistillError(f"Config {path} is not valid YAML: {error}") from None
+    except (KeyError, ValueError, AssertionError) as error:
+        raise _explain(error, cfg, f"config {path}") from None
+    try:
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise _explain(error, cfg, "the overrides (KEY VALUE ...)") from None
+    return cfg
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The config of the student alone: a copy in which MODEL.META_ARCHITECTURE is the student's own."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.META_ARCHITECTURE == "DistillationModel":
+        cfg.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT.META_ARCHITECTURE
+    return cfg
+
+
+def plain_config(cfg: CfgNode) -> CfgNode:
+    """The student's config as plain Detectron2 reads it.
+
+    The keys of this package are dropped, but for those that the student itself is built from: MODEL.FCOS for an
+    FCOS student, MODEL.TORCHVISION for a torchvision backbone. To read such a config, call
+    ``add_distill_config`` first.
+    """
+    cfg = student_config(cfg)
+    del cfg["DISTILL"], cfg.DATASETS["REGISTER"], cfg.SOLVER["OPTIMIZER"]
+    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
+        del cfg.MODEL["FCOS"]
+    if cfg.MODEL.BACKBONE.NAME != "build_torchvision_fpn_backbone":
+        del cfg.MODEL["TORCHVISION"]
+    return cfg
+
+
+def _all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _all_keys(value, f"{prefix}{key}.")
+
+
+def _explain(error: Exception, cfg: CfgNode, where: str) -> DistillError:
+    """Turns what yacs raises while merging into one helpful error."""
+    message = str(error.args[0]) if error.args else str(error)
+    for start in ("Non-existent config key: ", "Non-existent key: "):
+        if message.startswith(start):
+            key = message.removeprefix(start).strip()
+            nearest = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0)
+            return DistillError(f"Unknown key {key!r} in {where}. The nearest existing key is {nearest[0]!r}.")
+    return DistillError(f"Cannot use {where}: {message}")

@@ -1,0 +1,86 @@
+"""What every distillation method is."""
+
+from collections.abc import Mapping, Sequence
+
+from detectron2.engine import HookBase
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from ..errors import DistillError
+from ..modeling.views import DetectorView
+
+
+class Distiller(nn.Module):
+    """A distillation method: two views of one batch in, named losses out.
+
+    A subclass registers in ``DISTILLER_REGISTRY`` and is built as ``Name(cfg, student_shape, teacher_shape)``,
+    the shapes being what ``backbone.output_shape()`` returns (``dict[str, ShapeSpec]``). Its own parameters train
+    with the student and are saved under ``distillers.Name.``.
+
+    Attributes:
+        loss_weight: what all of its losses are multiplied by; 1 unless the subclass says otherwise.
+    """
+
+    loss_weight: float = 1.0
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
+        """Compares the two detectors on one batch.
+
+        Args:
+            student: the student's view, with gradient.
+            teacher: the teacher's view, without. What is asked of it is computed when it is asked for.
+
+        Returns:
+            Scalars by name, before ``loss_weight``. A name contains "loss", or Detectron2 does not print it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward(student, teacher)")
+
+    def build_hooks(self, model: nn.Module) -> list[HookBase]:
+        """Hooks for what happens between steps; they run with the trainer's own.
+
+        Args:
+            model: the ``DistillationModel`` that this distiller is part of.
+        """
+        return []
+
+
+def shared_levels(
+    requested: Sequence[str], student_shape: Mapping[str, ShapeSpec], teacher_shape: Mapping[str, ShapeSpec], key: str
+) -> list[str]:
+    """Decides which FPN levels a distiller compares.
+
+    Args:
+        requested: names of levels; empty for all that both sides have.
+        student_shape: the student's features, by level.
+        teacher_shape: the teacher's features, by level.
+        key: the config key of ``requested``, for the messages.
+
+    Returns:
+        Names of levels, finest first.
+
+    Raises:
+        DistillError: a side lacks a level, none is shared, or a level's strides differ.
+    """
+    sides = {"student": student_shape, "teacher": teacher_shape}
+    levels = list(requested) or [level for level in student_shape if level in teacher_shape]
+    for side, shape in sides.items():
+        lacking = [level for level in levels if level not in shape]
+        if lacking:
+            raise DistillError(
+                f"{key} asks for {', '.join(lacking)}, which the {side} does not have: it has {', '.join(shape)}. "
+                f"Choose {key} among the levels that both have."
+            )
+    if not levels:
+        raise DistillError(
+            f"Student and teacher share no level: the student has {', '.join(student_shape)}, the teacher "
+            f"{', '.join(teacher_shape)}. Give both an FPN with levels of the same names."
+        )
+    for level in levels:
+        strides = student_shape[level].stride, teacher_shape[level].stride
+        if strides[0] != strides[1]:
+            raise DistillError(
+                f"Level {level} has stride {strides[0]} in the student and {strides[1]} in the teacher, so their "
+                f"cells do not lie on each other. Leave it out of {key}; to learn across resolutions is what "
+                "aligned distillation is for (MSAD, arXiv 2109.04875; see docs/methods.md)."
+            )
+    return sorted(levels, key=lambda level: student_shape[level].stride)

@@ -1,0 +1,144 @@
+"""Knowledge review (ReviewKD): Chen, Liu, Zhao, Jia, CVPR 2021, arXiv 2104.09044."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from torch import Tensor, nn
+
+from ..losses import hierarchical_context_loss
+from ..modeling.views import DetectorView
+from .base import Distiller, shared_levels
+from .build import DISTILLER_REGISTRY
+
+
+class AttentionBasedFusion(nn.Module):
+    """Attention-based fusion (ABF): one step of the review, from a coarser level to the next finer one.
+
+    x = norm(conv1x1(features)); with a coarser x', y = x' upsampled, z = sigmoid(conv1x1([x, y])) and
+    x <- x z_1 + y z_2; the output is norm(conv3x3(x)). arXiv 2104.09044, section 3.3.
+
+    Args:
+        in_channels: channels of the student's level.
+        mid_channels: channels of x.
+        out_channels: channels of the teacher's level.
+        fuse: False for the coarsest level, which has nothing to fuse with.
+        norm: a norm in Detectron2's terms.
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool, norm: str = "BN") -> None:
+        super().__init__()
+        self.reduce = Conv2d(in_channels, mid_channels, 1, bias=False, norm=get_norm(norm, mid_channels))
+        self.attention = Conv2d(2 * mid_channels, 2, 1, bias=False) if fuse else None
+        self.project = Conv2d(mid_channels, out_channels, 3, padding=1, bias=False, norm=get_norm(norm, out_channels))
+        for conv in (self.reduce, self.attention, self.project):
+            if conv is not None:
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, features: Tensor, coarser: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            features: ``Tensor[N, in_channels, H, W]``, the student's level.
+            coarser: ``Tensor[N, mid_channels, H', W']``, the fused x of the next coarser level; None for the
+                coarsest.
+
+        Returns:
+            The output, ``Tensor[N, out_channels, H, W]``, and the fused x, ``Tensor[N, mid_channels, H, W]``.
+        """
+        x = self.reduce(features)
+        if self.attention is not None:
+            y = F.interpolate(coarser, size=x.shape[-2:], mode="nearest")
+            z = self.attention(torch.cat([x, y], dim=1)).sigmoid()
+            x = x * z[:, :1] + y * z[:, 1:]
+        return self.project(x), x
+
+
+class ReviewModule(nn.Module):
+    """The review of a whole pyramid: each level is fused with what has been gathered from the coarser ones.
+
+    Args:
+        in_channels: channels of the student's levels, finest first.
+        out_channels: channels of the teacher's levels, finest first.
+        mid_channels: channels inside the fusion.
+        norm: a norm in Detectron2's terms.
+    """
+
+    def __init__(
+        self, in_channels: Sequence[int], out_channels: Sequence[int], mid_channels: int, norm: str = "BN"
+    ) -> None:
+        super().__init__()
+        coarsest = len(in_channels) - 1
+        self.fusions = nn.ModuleList(
+            AttentionBasedFusion(c_in, mid_channels, c_out, fuse=level < coarsest, norm=norm)
+            for level, (c_in, c_out) in enumerate(zip(in_channels, out_channels, strict=True))
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """
+        Args:
+            features: the student's levels, ``Tensor[N, in_channels[i], H_i, W_i]``, finest first.
+
+        Returns:
+            For each level a ``Tensor[N, out_channels[i], H_i, W_i]``, finest first.
+        """
+        outputs, fused = [], None
+        for fusion, level in zip(reversed(self.fusions), reversed(features), strict=True):
+            output, fused = fusion(level, fused)
+            outputs.append(output)
+        return outputs[::-1]
+
+
+@DISTILLER_REGISTRY.register()
+class ReviewDistiller(Distiller):
+    """Compares the reviewed pyramid of the student with the teacher's by the hierarchical context loss.
+
+    Args:
+        levels: names of the levels, finest first.
+        in_channels: the student's channels at them.
+        out_channels: the teacher's channels at them.
+        mid_channels: channels inside the fusion.
+        norm: norm of the fusion modules, in Detectron2's terms.
+        pool_sizes: see :func:`distill.losses.hierarchical_context_loss`.
+        loss_weight: factor of the loss.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        levels: Sequence[str],
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        mid_channels: int,
+        norm: str,
+        pool_sizes: Sequence[int],
+        loss_weight: float,
+    ) -> None:
+        super().__init__()
+        self.levels = list(levels)
+        self.review = ReviewModule(in_channels, out_channels, mid_channels, norm)
+        self.pool_sizes = tuple(pool_sizes)
+        self.loss_weight = loss_weight
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, student_shape: Mapping[str, ShapeSpec], teacher_shape: Mapping[str, ShapeSpec]
+    ) -> dict:
+        node = cfg.DISTILL.REVIEW
+        levels = shared_levels(node.LEVELS, student_shape, teacher_shape, "DISTILL.REVIEW.LEVELS")
+        return {
+            "levels": levels,
+            "in_channels": [student_shape[level].channels for level in levels],
+            "out_channels": [teacher_shape[level].channels for level in levels],
+            "mid_channels": node.MID_CHANNELS,
+            "norm": node.NORM,
+            "pool_sizes": node.POOL_SIZES,
+            "loss_weight": node.LOSS_WEIGHT,
+        }
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
+        reviewed = self.review([student.features[level] for level in self.levels])
+        target = [teacher.features[level] for level in self.levels]
+        return {"loss_review": hierarchical_context_loss(reviewed, target, self.pool_sizes)}

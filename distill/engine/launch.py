@@ -1,0 +1,82 @@
+"""Starts the processes of a run: one, several by Detectron2's launcher or by torchrun, on CUDA or the CPU."""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+
+from ..errors import DistillError
+
+
+def launch(main: Callable[[Namespace], object], args: Namespace) -> None:
+    """Runs ``main(args)`` in every process of the run.
+
+    Under torchrun, this process is one of them. Otherwise ``args.num_gpus`` processes are started on each of
+    ``args.num_machines``: on CUDA by Detectron2's launcher, on the CPU (which v0.6's launcher refuses) by torchrun,
+    with the command line of this process.
+
+    Args:
+        main: the main function.
+        args: what Detectron2's ``default_argument_parser`` gives.
+
+    Raises:
+        DistillError: there are fewer GPUs than ``args.num_gpus``.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _join_torchrun()
+        try:
+            main(args)
+        finally:
+            dist.destroy_process_group()
+        return
+    processes = max(args.num_gpus, 1)
+    if processes * args.num_machines > 1 and not torch.cuda.is_available():
+        _start_torchrun(processes, args)
+        return
+    if args.num_gpus > torch.cuda.device_count() and torch.cuda.is_available():
+        raise DistillError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
+    detectron2_launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+def _start_torchrun(processes: int, args: Namespace) -> None:
+    from torch.distributed.run import main as torchrun  # starts a rendezvous server, so only where it is needed
+
+    command = ["--nproc-per-node", str(processes), "--nnodes", str(args.num_machines)]
+    if args.num_machines == 1:
+        command += ["--standalone"]
+    else:
+        address = urlparse(args.dist_url)
+        command += ["--node-rank", str(args.machine_rank)]
+        command += ["--master-addr", str(address.hostname), "--master-port", str(address.port)]
+    torchrun([*command, *sys.argv])
+
+
+def _join_torchrun() -> None:
+    """Joins the process group that torchrun's environment variables describe."""
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(local_size)
+    else:  # Detectron2 v0.6, whose own launcher sets this very variable
+        first = dist.get_rank() - local_rank
+        groups = {
+            start: dist.new_group(list(range(start, start + local_size)))
+            for start in range(0, dist.get_world_size(), local_size)
+        }
+        comm._LOCAL_PROCESS_GROUP = groups[first]

@@ -1,0 +1,141 @@
+"""Detectron2's trainer, with what distillation adds."""
+
+import functools
+import logging
+from typing import Any
+from unittest import mock
+
+import detectron2.engine.defaults
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import build_model
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..data import NamingDatasetMapper
+from ..errors import DistillError
+from ..modeling import DistillationModel
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains a :class:`DistillationModel`, or any plain Detectron2 detector.
+
+    Beyond :class:`DefaultTrainer`: the optimizer by SOLVER.OPTIMIZER, the evaluator by the data set's
+    ``evaluator_type``, the distillers' hooks, inheriting, several processes on the CPU, and a checkpoint when bad
+    input ends the training.
+
+    Args:
+        cfg: the full config.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # On the CPU, DDP takes no device_ids, which Detectron2 always passes unless it is told otherwise.
+        create_ddp_model = detectron2.engine.defaults.create_ddp_model
+        if cfg.MODEL.DEVICE == "cpu":
+            create_ddp_model = functools.partial(create_ddp_model, device_ids=None)
+        with mock.patch.object(detectron2.engine.defaults, "create_ddp_model", create_ddp_model):
+            super().__init__(cfg)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Builds the model of MODEL.META_ARCHITECTURE."""
+        model = build_model(cfg)
+        if not isinstance(model, DistillationModel):
+            parameters = sum(p.numel() for p in model.parameters()) / 1e6
+            logger.info(
+                f"Model: {type(model).__name__}, {parameters:.1f} M parameters, "
+                f"from {cfg.MODEL.WEIGHTS or 'random weights'}, no distillation"
+            )
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """SGD as Detectron2 builds it, or AdamW with the same parameter groups and gradient clipping.
+
+        Raises:
+            DistillError: SOLVER.OPTIMIZER is neither.
+        """
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        if cfg.SOLVER.OPTIMIZER != "AdamW":
+            raise DistillError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: expected 'SGD' or 'AdamW'.")
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return optimizer(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's train loader, whose errors name the image."""
+        return build_detection_train_loader(cfg, mapper=NamingDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """The evaluator of the data set's ``evaluator_type``.
+
+        Raises:
+            DistillError: the data set says neither "coco" nor "pascal_voc".
+        """
+        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if evaluator_type == "coco":
+            return COCOEvaluator(dataset_name, output_dir=output_folder or f"{cfg.OUTPUT_DIR}/inference")
+        if evaluator_type == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise DistillError(
+            f"The data set {dataset_name} has the evaluator_type {evaluator_type!r}: expected 'coco' or 'pascal_voc' in "
+            "its metadata."
+        )
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks, and before those that evaluate and write, the distillers'."""
+        hooks = super().build_hooks()
+        model = self._unwrapped_model()
+        if isinstance(model, DistillationModel):
+            extra = [hook for distiller in model.distillers.values() for hook in distiller.build_hooks(model)]
+            hooks[2:2] = extra  # behind the timer and the learning rate
+        return hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; a run that starts (and is not resumed) inherits what DISTILL.STUDENT.INHERIT names.
+
+        Raises:
+            DistillError: the weights cannot be read.
+        """
+        resumes = resume and self.checkpointer.has_checkpoint()
+        path = self.checkpointer.get_checkpoint_file() if resumes else self.cfg.MODEL.WEIGHTS
+        try:
+            super().resume_or_load(resume)
+        except (OSError, RuntimeError, AssertionError, EOFError) as error:
+            raise DistillError(
+                f"Cannot load {path!r} into the model: {error}. Check that the file exists and is complete"
+                f"{'; to start anew, leave --resume out' if resumes else ' (MODEL.WEIGHTS)'}."
+            ) from error
+        model = self._unwrapped_model()
+        if not resumes and isinstance(model, DistillationModel):
+            model.inherit()
+
+    def train(self) -> Any:
+        """Trains. If bad input ends the training, what was learned until then is saved, for ``--resume``."""
+        try:
+            return super().train()
+        except DistillError:
+            if comm.is_main_process() and self.iter > self.start_iter:
+                self.checkpointer.save(f"model_{self.iter - 1:07d}", iteration=self.iter - 1)
+            raise
+
+    def _unwrapped_model(self) -> nn.Module:
+        model = self._trainer.model
+        return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,17 @@
+"""Student, teacher and what a distiller sees of them; backbones and meta-architectures."""
+
+from .backbones import TorchvisionBackbone, build_torchvision_fpn_backbone
+from .distillation_model import DistillationModel
+from .meta_arch import FCOS
+from .teacher import Teacher, build_teacher
+from .views import DetectorView
+
+__all__ = [
+    "FCOS",
+    "DetectorView",
+    "DistillationModel",
+    "Teacher",
+    "TorchvisionBackbone",
+    "build_teacher",
+    "build_torchvision_fpn_backbone",
+]

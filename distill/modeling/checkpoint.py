@@ -1,0 +1,83 @@
+"""Loading weights, with errors that say what is wrong with the file."""
+
+import pickle
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..errors import DistillError
+
+# Batch norm's step counter is bookkeeping: old checkpoints lack it and nothing is computed from it.
+_COUNTER = ".num_batches_tracked"
+
+
+class StrictCheckpointer(DetectionCheckpointer):
+    """Loads whatever Detectron2 loads into a model, and refuses a file that does not fill all of it.
+
+    Args:
+        model: the model to fill.
+        role: what the model is, for the messages, such as "teacher".
+        ignore: prefix of keys that the model may lack without a warning.
+    """
+
+    def __init__(self, model: nn.Module, role: str, ignore: str = "distillers.") -> None:
+        super().__init__(model, save_to_disk=False)
+        self.role = role
+        self.ignore = ignore
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
+        """Loads the file at ``path`` (a local path or a URL).
+
+        Raises:
+            DistillError: there is no such file, it cannot be read, or it leaves some weight unset.
+        """
+        self._source = path
+        try:
+            local = PathManager.get_local_path(path.partition("?")[0])
+            with open(local, "rb"):
+                pass
+        except Exception as error:  # whatever a download or the file system raises
+            raise DistillError(
+                f"The {self.role}'s weights {path!r} cannot be read: {error}. Give an existing file or a URL that "
+                "this machine reaches."
+            ) from error
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename: str) -> dict:
+        try:
+            # torch.load defaults to weights_only=True: nothing in a .pth is executed. The .pkl files are Detectron2's
+            # own model zoo.
+            loaded = super()._load_file(filename)
+        except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise DistillError(
+                f"The {self.role}'s weights {self._source!r} are not a readable checkpoint: {reason} Is the file "
+                "complete (truncated downloads are common) and does it hold tensors only?"
+            ) from error
+        if not isinstance(loaded.get("model"), dict) or not loaded["model"]:
+            raise DistillError(
+                f"The {self.role}'s weights {self._source!r} hold no state dict: expected a Detectron2 checkpoint "
+                "({'model': {name: tensor}})."
+            )
+        state = loaded["model"]
+        for key in [key for key in state if key.startswith(self.ignore)]:
+            del state[key]
+        return loaded
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        missing = sorted(key for key in incompatible.missing_keys if not key.endswith(_COUNTER))
+        shapes = incompatible.incorrect_shapes
+        # a weight of another shape is not loaded, so it is among the missing ones, too
+        missing = [key for key in missing if key not in {name for name, _, _ in shapes}]
+        if missing or shapes:
+            examples = [f"{name} is {have}, not {want}" for name, have, want in shapes] + [
+                f"{name} is missing" for name in missing
+            ]
+            raise DistillError(
+                f"The {self.role} would not be fully loaded from {self._source!r}: of its "
+                f"{len(self.model.state_dict())} weights, {len(missing)} are missing and {len(shapes)} have another "
+                f"shape. The first: {'; '.join(examples[:5])}. Are these the weights of this very architecture?"
+            )
+        super()._log_incompatible_keys(incompatible)

@@ -1,0 +1,194 @@
+"""The meta-architecture that trains a student with the help of a teacher."""
+
+import contextlib
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ..config import student_config
+from ..distillers.base import Distiller
+from ..distillers.build import build_distillers, check_distillers
+from ..errors import DistillError
+from .inherit import inheritable_weights
+from .teacher import Teacher, build_teacher, check_detector
+from .views import DetectorView, FeatureTap
+
+logger = logging.getLogger(__name__)
+
+_STUDENT = "student."
+
+
+@META_ARCH_REGISTRY.register()
+class DistillationModel(nn.Module):
+    """Owns the student and the distillers, holds the teacher, runs all three and adds up the losses.
+
+    To the outside it is the student: its state dict has the student's own keys (besides those under
+    ``distillers.``), attributes that it lacks are the student's, and in eval mode it is the student's forward.
+
+    Args:
+        student: any Detectron2 detector.
+        teacher: see :class:`Teacher`; it is in no state dict, but follows ``.to(device)``.
+        distillers: by name; their losses add up.
+        inherit: prefixes of the student's weights that :meth:`inherit` copies from the teacher.
+
+    Raises:
+        DistillError: student or teacher is not a detector that can be distilled, or a weight to be inherited does
+            not fit.
+    """
+
+    @configurable
+    def __init__(
+        self, *, student: nn.Module, teacher: Teacher, distillers: nn.ModuleDict, inherit: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        check_detector(student, "student")
+        self.student = student
+        self.distillers = distillers
+        self.teacher = teacher
+        self._inherit = list(inherit)
+        inheritable_weights(student, teacher.model, self._inherit)  # an error now rather than after the data is loaded
+        self._tap = FeatureTap(student.backbone)
+        self._check_padding()
+        self.register_state_dict_post_hook(_strip_student_prefix)
+        self.register_load_state_dict_pre_hook(_add_student_prefix)
+        self.register_load_state_dict_post_hook(_strip_reported_keys)
+        self.to(student.device)  # distillers and teacher too
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        check_distillers(cfg)
+        student = build_model(student_config(cfg))
+        with torch.random.fork_rng():  # as in build_teacher: the student's random numbers are those of plain training
+            teacher = build_teacher(cfg)
+            distillers = build_distillers(cfg, student.backbone.output_shape(), teacher.output_shape)
+        parameters = sum(p.numel() for p in student.parameters()) / 1e6
+        logger.info(
+            f"Student: {type(student).__name__}, {parameters:.1f} M parameters, "
+            f"from {cfg.MODEL.WEIGHTS or 'random weights'}, inheriting {cfg.DISTILL.STUDENT.INHERIT or 'nothing'}"
+        )
+        rows = [(name, d.loss_weight, sum(p.numel() for p in d.parameters()) / 1e6) for name, d in distillers.items()]
+        logger.info("Distillers:\n" + tabulate(rows, ["distiller", "loss weight", "parameters (M)"], "pipe"))
+        return {
+            "student": student,
+            "teacher": teacher,
+            "distillers": distillers,
+            "inherit": cfg.DISTILL.STUDENT.INHERIT,
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "student":
+                raise
+            return getattr(self.student, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModel":
+        self.teacher.model._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, batched_inputs: list[dict]) -> Any:
+        """
+        Args:
+            batched_inputs: a batch in Detectron2's format.
+
+        Returns:
+            In training, the student's detection losses and the distillers' losses, ``dict[str, Tensor[]]``; in
+            evaluation, what the student returns.
+
+        Raises:
+            DistillError: a distiller does not keep to what :class:`Distiller` promises.
+        """
+        if not self.training:
+            return self.student(batched_inputs)
+        with self._same_padding():
+            losses = dict(self.student(batched_inputs))
+            record = self._tap.take()
+            student = DetectorView(self.student, batched_inputs, lambda: record, frozen=False)
+            teacher = self.teacher.view(batched_inputs)
+            for name, distiller in self.distillers.items():
+                for key, loss in _checked(name, distiller(student, teacher), losses).items():
+                    losses[key] = loss * distiller.loss_weight
+        return losses
+
+    def inherit(self) -> None:
+        """Copies the weights that ``inherit`` names from the teacher to the student (Kang et al., NeurIPS 2021)."""
+        weights = inheritable_weights(self.student, self.teacher.model, self._inherit)
+        if not weights:
+            return
+        self.student.load_state_dict(weights, strict=False)
+        logger.info(f"The student inherits {len(weights)} weights from the teacher, under {', '.join(self._inherit)}")
+
+    def _check_padding(self) -> None:
+        backbones = [self.student.backbone, self.teacher.model.backbone]
+        self._divisibility = math.lcm(*(max(b.size_divisibility, 1) for b in backbones))
+        self._to_pad = [b for b in backbones if max(b.size_divisibility, 1) != self._divisibility]
+        if any(not hasattr(b, "_size_divisibility") for b in self._to_pad):
+            raise DistillError(
+                "Student and teacher pad images to multiples of "
+                f"{' and '.join(str(b.size_divisibility) for b in backbones)} pixels, and the backbone "
+                f"{type(self._to_pad[0]).__name__} cannot be told to pad to others. Choose backbones of one kind."
+            )
+
+    @contextlib.contextmanager
+    def _same_padding(self) -> Iterator[None]:
+        """Makes student and teacher pad to one size for a training step; in evaluation each pads as it does alone."""
+        own = [b._size_divisibility for b in self._to_pad]
+        try:
+            for backbone in self._to_pad:
+                backbone._size_divisibility = self._divisibility
+            yield
+        finally:
+            for backbone, divisibility in zip(self._to_pad, own):
+                backbone._size_divisibility = divisibility
+
+
+def _checked(name: str, result: Any, taken: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what a distiller returned, or says what is wrong with it."""
+    if not isinstance(result, dict):
+        raise DistillError(f"{name}.forward returned a {type(result).__name__}: expected a dict of named losses.")
+    for key, loss in result.items():
+        if key in taken:
+            raise DistillError(f"{name} names a loss {key!r}, which the detector or another distiller has: rename it.")
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
+            raise DistillError(f"{name}'s loss {key!r} has {shape}: expected a scalar tensor.")
+        if loss.dtype in (torch.float16, torch.bfloat16):
+            raise DistillError(
+                f"{name}'s loss {key!r} is {loss.dtype}: compute it in float32, by decorating its formula with "
+                "distill.losses.in_float32."
+            )
+    return result
+
+
+def _strip_student_prefix(module: nn.Module, state_dict: OrderedDict, prefix: str, local_metadata: dict) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix + _STUDENT)]:
+        state_dict[prefix + key[len(prefix + _STUDENT) :]] = state_dict.pop(key)
+    versions = state_dict._metadata
+    for name in [name for name in versions if f"{name}.".startswith(prefix + _STUDENT)]:
+        versions[(prefix + name[len(prefix + _STUDENT) :]).rstrip(".")] = versions.pop(name)
+
+
+def _add_student_prefix(
+    module: nn.Module, state_dict: OrderedDict, prefix: str, local_metadata: dict, *reports: Any
+) -> None:
+    own = (prefix + "distillers.", prefix + _STUDENT)
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
+        state_dict[prefix + _STUDENT + key[len(prefix) :]] = state_dict.pop(key)
+    # the caller's state dict shares this mapping, so its entries stay
+    versions = getattr(state_dict, "_metadata", None) or {}
+    for name in [name for name in versions if f"{name}.".startswith(prefix) and not f"{name}.".startswith(own)]:
+        versions[(prefix + _STUDENT + name[len(prefix) :]).rstrip(".")] = versions[name]
+
+
+def _strip_reported_keys(module: nn.Module, incompatible: Any) -> None:
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+        keys[:] = [key.removeprefix(_STUDENT) for key in keys]

@@ -1,0 +1,56 @@
+"""Detectron2's FCOS, made buildable from a yaml config."""
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch.fcos import FCOS as _FCOS
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.structures import Boxes, Instances
+
+
+class FCOS(_FCOS):
+    """Detectron2's FCOS, which on v0.6 cannot label an image without boxes: this one can."""
+
+    def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> tuple[list, list]:
+        """See the base class. An image without boxes is given one that lies outside and that no point matches."""
+        return super().label_anchors(anchors, [x if len(x) else self._unmatched(x) for x in gt_instances])
+
+    def _unmatched(self, instances: Instances) -> Instances:
+        return Instances(
+            instances.image_size,
+            gt_boxes=Boxes(torch.full((1, 4), -1.0, device=self.device)),
+            gt_classes=torch.zeros(1, dtype=torch.int64, device=self.device),
+        )
+
+
+def build_fcos(cfg: CfgNode) -> FCOS:
+    """Builds FCOS from ``MODEL.FCOS``; Detectron2 itself has it for Python configs only."""
+    node = cfg.MODEL.FCOS
+    backbone = build_backbone(cfg)
+    shape = backbone.output_shape()
+    in_shape = [shape[level] for level in node.IN_FEATURES]
+    return FCOS(
+        backbone=backbone,
+        head=FCOSHead(
+            input_shape=in_shape,
+            num_classes=node.NUM_CLASSES,
+            conv_dims=[in_shape[0].channels] * node.NUM_CONVS,
+            norm=node.NORM,
+            prior_prob=node.PRIOR_PROB,
+        ),
+        head_in_features=list(node.IN_FEATURES),
+        num_classes=node.NUM_CLASSES,
+        center_sampling_radius=node.CENTER_SAMPLING_RADIUS,
+        focal_loss_alpha=node.FOCAL_LOSS_ALPHA,
+        focal_loss_gamma=node.FOCAL_LOSS_GAMMA,
+        test_score_thresh=node.SCORE_THRESH_TEST,
+        test_topk_candidates=node.TOPK_CANDIDATES_TEST,
+        test_nms_thresh=node.NMS_THRESH_TEST,
+        max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+    )
+
+
+if "FCOS" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY._do_register("FCOS", build_fcos)

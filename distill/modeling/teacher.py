@@ -1,0 +1,114 @@
+"""The teacher: frozen, fully loaded, and no part of the model that is trained."""
+
+import logging
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from ..config import load_config, resolve_config_file, student_config
+from ..errors import DistillError
+from .checkpoint import StrictCheckpointer
+from .views import DetectorView
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A frozen detector in eval mode. It is no ``nn.Module``, so that it can be in no state dict, no optimizer
+    and no DDP bucket.
+
+    Args:
+        model: any Detectron2 detector with a ``backbone`` and ``preprocess_image``. It is frozen here.
+        flip_channels: whether the batches it is given are RGB where it wants BGR, or the other way round.
+    """
+
+    def __init__(self, model: nn.Module, flip_channels: bool = False) -> None:
+        check_detector(model, "teacher")
+        self.model = model.eval().requires_grad_(False)
+        self.flip_channels = flip_channels
+
+    @property
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """The backbone's features by level."""
+        return self.model.backbone.output_shape()
+
+    def view(self, batched_inputs: list[dict]) -> DetectorView:
+        """What a distiller sees of the teacher on a batch: nothing is run until it is asked for."""
+        return DetectorView(self.model, batched_inputs, lambda: self._features(batched_inputs), frozen=True)
+
+    def _features(self, batched_inputs: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.flip_channels:
+            batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+        images = self.model.preprocess_image(batched_inputs).tensor
+        return images, self.model.backbone(images)
+
+
+def check_detector(model: nn.Module, role: str) -> None:
+    """
+    Raises:
+        DistillError: ``model`` is not what views can be made of.
+    """
+    lacking = [name for name in ("backbone", "preprocess_image", "device") if not hasattr(model, name)]
+    if lacking:
+        raise DistillError(
+            f"The {role}, a {type(model).__name__}, has no {' and no '.join(lacking)}: expected a detector such as "
+            "Detectron2's GeneralizedRCNN, RetinaNet or FCOS."
+        )
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's own config, with MODEL.WEIGHTS set to what it is to be loaded from.
+
+    The teacher of a run that was itself distilled is that run's student.
+
+    Args:
+        cfg: the full config, of which DISTILL.TEACHER and MODEL.DEVICE are used.
+
+    Raises:
+        DistillError: no config or no weights are named, or the config cannot be read.
+    """
+    node = cfg.DISTILL.TEACHER
+    if not node.CONFIG_FILE:
+        raise DistillError(
+            "DISTILL.TEACHER.CONFIG_FILE is empty. Name the teacher's config (or give --teacher-config): a file, or a "
+            "config of Detectron2's model zoo such as 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
+        )
+    teacher_cfg = student_config(load_config(node.CONFIG_FILE, node.OPTS))
+    if node.WEIGHTS:
+        teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
+    elif resolve_config_file(node.CONFIG_FILE)[1]:
+        teacher_cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
+    if not teacher_cfg.MODEL.WEIGHTS:
+        raise DistillError(
+            f"DISTILL.TEACHER.WEIGHTS is empty, and {node.CONFIG_FILE} names no weights itself. Give the checkpoint of "
+            "a trained teacher (or --teacher-weights)."
+        )
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    return teacher_cfg
+
+
+def build_teacher(cfg: CfgNode) -> Teacher:
+    """Builds the teacher and loads all of its weights.
+
+    Args:
+        cfg: the full config.
+
+    Raises:
+        DistillError: see :func:`teacher_config`; or some weight would stay random.
+    """
+    teacher_cfg = teacher_config(cfg)
+    # Random numbers drawn for weights that are overwritten at once must not shift those of the student's training:
+    # the same seed gives the same data order with and without distillation.
+    with torch.random.fork_rng():
+        model = build_model(teacher_cfg)
+    StrictCheckpointer(model, "teacher").load(teacher_cfg.MODEL.WEIGHTS)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    logger.info(
+        f"Teacher: {teacher_cfg.MODEL.META_ARCHITECTURE}, {parameters:.1f} M parameters, "
+        f"from {teacher_cfg.MODEL.WEIGHTS} ({cfg.DISTILL.TEACHER.CONFIG_FILE})"
+    )
+    return Teacher(model, flip_channels=cfg.INPUT.FORMAT != teacher_cfg.INPUT.FORMAT)

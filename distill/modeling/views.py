@@ -1,0 +1,111 @@
+"""What a distiller may see of a detector for one batch."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from ..errors import DistillError
+
+
+class FeatureTap:
+    """Records, by a forward hook, what a module was last given and returned while it trained.
+
+    Args:
+        module: any module. It is not changed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._record: tuple[Any, Any] | None = None
+        module.register_forward_hook(self._hook)
+
+    def _hook(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if module.training:  # in evaluation nobody takes the record, so it would only hold memory
+            self._record = (args[0], output)
+
+    def take(self) -> tuple[Any, Any]:
+        """Returns the recorded (first argument, output) and forgets it, so that it holds no graph alive."""
+        if self._record is None:
+            raise DistillError("The student's forward pass did not run its backbone, so there is nothing to distil.")
+        record, self._record = self._record, None
+        return record
+
+
+class DetectorView:
+    """One detector's intermediate results on one batch. Whatever costs is computed when it is first asked for.
+
+    Args:
+        detector: the student or the teacher.
+        batched_inputs: the batch, in Detectron2's format.
+        compute_features: returns the padded, normalised images and the features by level.
+        frozen: whether the detector is a teacher, all of whose results come without gradient.
+
+    Attributes:
+        strides: stride of each level, in pixels.
+        image_sizes: (height, width) of each image before padding.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        batched_inputs: list[dict],
+        compute_features: Callable[[], tuple[Tensor, dict[str, Tensor]]],
+        frozen: bool,
+    ) -> None:
+        self._detector = detector
+        self._batched_inputs = batched_inputs
+        self._compute_features = compute_features
+        self._frozen = frozen
+        self.strides: dict[str, int] = {k: v.stride for k, v in detector.backbone.output_shape().items()}
+        self.image_sizes: list[tuple[int, int]] = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+
+    @cached_property
+    def _images_and_features(self) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+            return self._compute_features()
+
+    @property
+    def images(self) -> Tensor:
+        """``Tensor[N, 3, H, W]``: the images as this detector normalises and pads them."""
+        return self._images_and_features[0]
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """The backbone's outputs by level, finest first: ``Tensor[N, C, H / stride, W / stride]``."""
+        return self._images_and_features[1]
+
+    @cached_property
+    def ground_truth(self) -> list[Instances]:
+        """The annotations of each image, on the detector's device."""
+        return [x["instances"].to(self._detector.device) for x in self._batched_inputs]
+
+    def box_head(self, boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
+        """The box head's outputs on given boxes. Of a Cascade R-CNN, it is the first stage's, which is the one
+        that sees proposals as they come.
+
+        Args:
+            boxes: boxes of each image, in pixels of the (padded) image.
+
+        Returns:
+            Classification logits, ``Tensor[R, K + 1]`` with the background last, and box deltas,
+            ``Tensor[R, 4 K]`` (or ``[R, 4]`` where they do not depend on the class), R counting all images' boxes.
+
+        Raises:
+            DistillError: the detector has no box head.
+        """
+        heads = getattr(self._detector, "roi_heads", None)
+        if not hasattr(heads, "box_pooler"):
+            raise DistillError(
+                f"{type(self._detector).__name__} has no box head: what needs one works on Faster, Mask and Cascade "
+                "R-CNN with FPN."
+            )
+        box_head, box_predictor = (
+            module[0] if isinstance(module, (nn.ModuleList, list)) else module
+            for module in (heads.box_head, heads.box_predictor)
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+            pooled = heads.box_pooler([self.features[level] for level in heads.box_in_features], boxes)
+            return box_predictor(box_head(pooled))

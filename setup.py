@@ -1,0 +1,26 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="distill",
+    version="0.1.0",
+    description="Knowledge distillation of object detectors, as an extension of Detectron2",
+    license="Apache-2.0",
+    packages=find_packages(include=("distill*",)),
+    python_requires=">=3.10",
+    # Detectron2 itself is on no package index: see tools/install_detectron2.py
+    install_requires=[
+        "torch>=2.6,<3",  # the first whose torch.load executes nothing unless it is told to
+        "torchvision>=0.21,<1",
+        "numpy>=1.24,<3",
+        "Pillow>=10",
+        "pycocotools>=2.0.6,<3",
+        "fvcore>=0.1.5,<0.1.6",  # these three as Detectron2 itself wants them
+        "iopath>=0.1.7,<0.1.10",
+        "tabulate>=0.9,<1",
+        "tensorboard>=2.10,<3",
+        "matplotlib>=3.5,<4",
+        "scikit-learn>=1.1,<2",  # its bundled digits and photographs make the digit_scenes data set
+        "setuptools<81",  # Detectron2 v0.6 imports pkg_resources
+    ],
+    extras_require={"dev": ["pytest>=7", "ruff>=0.6"]},
+)

@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Installs Detectron2 without a compiler, from the Python package index alone.
+
+Detectron2 is on no package index under its own name. The source distribution ``pb1-detectron2`` 0.6
+carries the Python files of the official tag v0.6 (compared: identical) without the C++ sources. This
+script checks its sha256, unpacks it, applies the few renames that Detectron2's main branch has made since
+(``PATCHES`` below), puts an explaining stub in the place of the compiled extension, and installs the result
+as a pure-Python wheel named ``detectron2``. RoIAlign and NMS come from torchvision, so Faster, Mask and
+Cascade R-CNN, RetinaNet and FCOS train on CPU and CUDA. See docs/install.md.
+
+    python tools/install_detectron2.py                 # install, unless `import detectron2` works already
+    python tools/install_detectron2.py --wheel DIR     # write the wheel to DIR, install nothing
+    python tools/install_detectron2.py --from-source   # compile and install the official main branch
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+SDIST = "pb1-detectron2==0.6"
+SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
+UPSTREAM = "git+https://github.com/facebookresearch/detectron2.git"
+
+STUB = '''"""Stands in for Detectron2's compiled extension, which this pure-Python installation does not have."""
+
+
+def __getattr__(name):
+    if name.startswith("__"):  # what Python itself asks of any module
+        raise AttributeError(name)
+    raise ImportError(
+        f"detectron2._C.{name} needs Detectron2's compiled extension, and this is the pure-Python build. "
+        "Deformable convolution on CUDA, rotated boxes and the fast COCO evaluation are in it. To get it: "
+        "`pip uninstall detectron2`, then `python tools/install_detectron2.py --from-source` "
+        "(needs git, a C++ compiler and, for CUDA, nvcc)."
+    )
+'''
+
+# (file, pattern, replacement): every pattern must match, or the source is not the one that was checked.
+PATCHES = [
+    # numpy 1.24 dropped its aliases of Python's types, Pillow 10 its alias of BILINEAR
+    ("detectron2/**/*.py", r"\bnp\.(bool|int|float|object|str)\b(?!_)", r"\1"),
+    ("detectron2/data/transforms/transform.py", r"Image\.LINEAR", "Image.BILINEAR"),
+    # as on main: without the extension, evaluate with pycocotools
+    (
+        "detectron2/evaluation/fast_eval_api.py",
+        r"from detectron2 import _C\n",
+        "from detectron2 import _C\n\n_C.COCOevalEvaluateImages  # ImportError without the extension\n",
+    ),
+    (
+        "detectron2/evaluation/coco_evaluation.py",
+        r"from detectron2\.evaluation\.fast_eval_api import COCOeval_opt\n",
+        "\ntry:\n    from detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
+        "except ImportError:\n    COCOeval_opt = COCOeval\n\n",
+    ),
+    (
+        "detectron2/layers/nms.py",
+        r"    return torch\.ops\.detectron2\.nms_rotated\(",
+        "    from detectron2 import _C\n\n    _C.nms_rotated  # ImportError without the extension\n"
+        "    return torch.ops.detectron2.nms_rotated(",
+    ),
+    (
+        "detectron2/utils/collect_env.py",
+        r"        import detectron2\._C as _C\n",
+        "        import detectron2._C as _C\n\n        _C.get_compiler_version  # ImportError without the extension\n",
+    ),
+    # a pure-Python distribution named detectron2, the model zoo's configs inside
+    ("setup.py", r'name="pb1-detectron2"', 'name="detectron2"'),
+    ("setup.py", r"    ext_modules=get_extensions\(\),\n    cmdclass=.*\n", ""),
+    ("setup.py", r"get_model_zoo_configs\(\)\}", '["configs/**/*.yaml", "configs/**/*.py"]}'),
+    ("setup.py", r'find_packages\(exclude=\("configs", "tests\*"\)\)', 'find_packages(include=("detectron2*",))'),
+    # only for the caffe2 export, which torch no longer has, and for printing lazy configs
+    ("setup.py", r' +"(future|pydot|black==21\.4b2)",.*\n', ""),
+]
+
+
+class InstallError(Exception):
+    """What went wrong and what to do, in one message."""
+
+
+def pip(*args: str) -> None:
+    """Runs pip of this interpreter.
+
+    Raises:
+        InstallError: pip failed.
+    """
+    command = [sys.executable, "-m", "pip", *args]
+    if subprocess.run(command).returncode:
+        raise InstallError(
+            f"`{' '.join(command)}` failed: its message is above. Check that the Python package index is "
+            "reachable (`python -m pip download --no-deps fvcore`) and run this again."
+        )
+
+
+def check_build_environment() -> None:
+    """Makes sure that the source distribution's metadata step, which imports torch, can run."""
+    if importlib.util.find_spec("torch") is None:
+        raise InstallError(
+            "Detectron2 is built on torch, which this Python does not have. Install both first: "
+            "`pip install -c constraints.txt torch torchvision`, or type `make venv`."
+        )
+    pip("install", "-q", "setuptools<81", "wheel")  # 81 drops pkg_resources, which Detectron2 imports
+
+
+def download(folder: Path) -> Path:
+    """Downloads the source distribution into ``folder``, checks it and returns its path.
+
+    Raises:
+        InstallError: it is not the file that was checked.
+    """
+    pip("download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", str(folder), SDIST)
+    (archive,) = folder.glob("*.tar.gz")
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != SHA256:
+        raise InstallError(
+            f"{archive.name} has sha256 {digest}, expected {SHA256}. The file was damaged on its way or "
+            "replaced at its source: do not install it. Try again, or use --from-source."
+        )
+    return archive
+
+
+def patch(root: Path) -> None:
+    """Applies ``PATCHES`` below ``root`` and adds the stub of the extension.
+
+    Raises:
+        InstallError: a pattern does not occur.
+    """
+    for files, pattern, replacement in PATCHES:
+        count = 0
+        for path in root.glob(files):
+            text, n = re.subn(pattern, replacement, path.read_text())
+            if n:
+                path.write_text(text)
+            count += n
+        if not count:
+            raise InstallError(f"{pattern!r} is not in {files}: this is not Detectron2 v0.6. Use --from-source.")
+    (root / "detectron2" / "_C.py").write_text(STUB)
+
+
+def build_wheel(folder: Path) -> Path:
+    """Writes the pure-Python wheel into ``folder`` and returns its path."""
+    check_build_environment()
+    with tempfile.TemporaryDirectory() as tmp:
+        archive = download(Path(tmp))
+        with tarfile.open(archive) as tar:
+            tar.extractall(tmp, filter="data")
+        source = Path(tmp) / archive.name.removesuffix(".tar.gz")
+        patch(source)
+        folder.mkdir(parents=True, exist_ok=True)
+        pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source))
+    return next(folder.glob("detectron2-0.6-*.whl"))
+
+
+def is_installed() -> bool:
+    """Whether ``import detectron2`` works in a fresh process of this interpreter."""
+    return subprocess.run([sys.executable, "-c", "import detectron2"], capture_output=True).returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--wheel", metavar="DIR", type=Path, help="write the wheel there instead of installing it")
+    group.add_argument("--from-source", action="store_true", help="compile and install the official main branch")
+    parser.add_argument("-c", "--constraint", help="a constraints file for what Detectron2 depends on")
+    args = parser.parse_args()
+    constraint = ["-c", args.constraint] if args.constraint else []
+
+    if args.wheel:
+        print(build_wheel(args.wheel))
+        return
+    if is_installed():
+        print("detectron2 can be imported already: left alone.")
+        return
+    if args.from_source:
+        check_build_environment()
+        pip("install", "-q", "--no-build-isolation", *constraint, UPSTREAM)
+    else:
+        with tempfile.TemporaryDirectory() as tmp:
+            pip("install", "-q", *constraint, str(build_wheel(Path(tmp))))
+    if not is_installed():
+        raise InstallError("detectron2 is installed, but `import detectron2` fails: run it to see why.")
+    print("detectron2 is installed.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InstallError as error:
+        sys.exit(f"error: {error}")

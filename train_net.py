@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Trains and evaluates: a distilled student, or any plain Detectron2 detector.
+
+python train_net.py --config-file CONFIG [--num-gpus N] [--resume] [--eval-only] [KEY VALUE ...]
+python train_net.py --config-file STUDENT --distill ReviewDistiller --teacher-config T [--teacher-weights W]
+python train_net.py --config-file CONFIG --eval-only --eval-teacher
+"""
+
+import logging
+import sys
+from argparse import ArgumentParser, Namespace
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from distill.config import load_config, resolve_config_file, student_config
+from distill.data import check_num_classes, register_datasets
+from distill.engine import Trainer, launch
+from distill.errors import DistillError
+from distill.modeling.checkpoint import StrictCheckpointer
+from distill.modeling.teacher import teacher_config
+
+logger = logging.getLogger("distill")
+
+
+def argument_parser() -> ArgumentParser:
+    """Detectron2's arguments and those of distillation."""
+    parser = default_argument_parser(epilog=__doc__)
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--distill", metavar="NAMES", help="distil a plain config by these distillers, comma-separated")
+    group.add_argument("--teacher-config", metavar="FILE", help="sets DISTILL.TEACHER.CONFIG_FILE")
+    group.add_argument("--teacher-weights", metavar="FILE", help="sets DISTILL.TEACHER.WEIGHTS")
+    group.add_argument("--eval-teacher", action="store_true", help="with --eval-only: evaluate the teacher")
+    return parser
+
+
+def setup(args: Namespace) -> CfgNode:
+    """Reads the config, applies the arguments, registers the data sets, and checks what can be checked.
+
+    Raises:
+        DistillError: see :mod:`distill.config` and :mod:`distill.data.register`.
+    """
+    if not args.config_file:
+        raise DistillError("--config-file is missing. Give a config file, such as configs/demo/review.yaml.")
+    cfg = load_config(args.config_file, args.opts)
+    if args.distill:
+        if cfg.MODEL.META_ARCHITECTURE != "DistillationModel":
+            cfg.DISTILL.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+            cfg.MODEL.META_ARCHITECTURE = "DistillationModel"
+        cfg.DISTILL.DISTILLERS = args.distill.split(",")
+    if args.teacher_config:
+        cfg.DISTILL.TEACHER.CONFIG_FILE = args.teacher_config
+    if args.teacher_weights:
+        cfg.DISTILL.TEACHER.WEIGHTS = args.teacher_weights
+    on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if on_cpu:
+        cfg.MODEL.DEVICE = "cpu"
+    register_datasets(cfg.DATASETS.REGISTER)
+    check_num_classes(cfg)
+    cfg.freeze()
+    default_setup(cfg, Namespace(**{**vars(args), "config_file": resolve_config_file(args.config_file)[0]}))
+    logging.getLogger("distill").parent = logging.getLogger("detectron2")  # its handlers, format and log file
+    if on_cpu:
+        logger.info("No CUDA GPU is available: running on the CPU.")
+    return cfg
+
+
+def evaluate(cfg: CfgNode, role: str) -> dict:
+    """Evaluates one detector, whose weights must fill it completely.
+
+    Args:
+        cfg: its own config, without distillation.
+        role: what it is, for the messages.
+    """
+    model = Trainer.build_model(cfg)
+    StrictCheckpointer(model, role).load(cfg.MODEL.WEIGHTS)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def main(args: Namespace) -> object:
+    """What every process runs."""
+    cfg = setup(args)
+    if args.eval_teacher:
+        own = teacher_config(cfg)
+        own.DATASETS, own.OUTPUT_DIR = cfg.DATASETS, cfg.OUTPUT_DIR
+        check_num_classes(own)
+        return evaluate(own, "teacher")
+    if args.eval_only:
+        return evaluate(student_config(cfg), "model")
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def run(args: Namespace) -> object:
+    """``main``, with one clear message instead of a traceback for bad input."""
+    try:
+        return main(args)
+    except DistillError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    arguments = argument_parser().parse_args()
+    try:
+        launch(run, arguments)
+    except DistillError as error:
+        sys.exit(f"error: {error}")
