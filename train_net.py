@@ -20,7 +20,7 @@ from distill.config import load_config, resolve_config_file, student_config
 from distill.data import check_num_classes, register_datasets
 from distill.engine import Trainer, launch
 from distill.errors import DistillError
-from distill.modeling.checkpoint import StrictCheckpointer
+from distill.modeling.checkpoint import load_detector
 from distill.modeling.teacher import teacher_config
 
 logger = logging.getLogger("distill")
@@ -75,9 +75,7 @@ def evaluate(cfg: CfgNode, role: str) -> dict:
         cfg: its own config, without distillation.
         role: what it is, for the messages.
     """
-    model = Trainer.build_model(cfg)
-    StrictCheckpointer(model, role).load(cfg.MODEL.WEIGHTS)
-    results = Trainer.test(cfg, model)
+    results = Trainer.test(cfg, load_detector(cfg, role))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

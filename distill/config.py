@@ -3,7 +3,6 @@
 import difflib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import yaml
 from detectron2 import model_zoo

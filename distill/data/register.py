@@ -62,7 +62,7 @@ def check_num_classes(cfg: CfgNode) -> None:
                 f"Detectron2 knows (it looks below $DETECTRON2_DATASETS) or a digit_scenes one."
             )
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if node and classes and cfg.MODEL[node].NUM_CLASSES != len(classes):
+        if node and classes and len(classes) != cfg.MODEL[node].NUM_CLASSES:
             raise DistillError(
                 f"The data set {name} has {len(classes)} classes ({', '.join(classes[:10])}"
                 f"{', ...' if len(classes) > 10 else ''}), but MODEL.{node}.NUM_CLASSES is "

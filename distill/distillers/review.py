@@ -8,6 +8,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
 
+from ..errors import DistillError
 from ..losses import hierarchical_context_loss
 from ..modeling.views import DetectorView
 from .base import Distiller, shared_levels
@@ -139,6 +140,16 @@ class ReviewDistiller(Distiller):
         }
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
-        reviewed = self.review([student.features[level] for level in self.levels])
+        features = [student.features[level] for level in self.levels]
+        try:
+            reviewed = self.review(features)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise DistillError(
+                f"Level {self.levels[-1]} is a single cell in this batch ({len(features[-1])} image), which batch norm "
+                "cannot normalise. Train on larger images or more of them per process, leave the level out of "
+                "DISTILL.REVIEW.LEVELS, or set DISTILL.REVIEW.NORM to 'GN'."
+            ) from error
         target = [teacher.features[level] for level in self.levels]
         return {"loss_review": hierarchical_context_loss(reviewed, target, self.pool_sizes)}

@@ -95,8 +95,8 @@ class Trainer(DefaultTrainer):
         if evaluator_type == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         raise DistillError(
-            f"The data set {dataset_name} has the evaluator_type {evaluator_type!r}: expected 'coco' or 'pascal_voc' in "
-            "its metadata."
+            f"The data set {dataset_name} has the evaluator_type {evaluator_type!r}: expected 'coco' or 'pascal_voc' "
+            "in its metadata."
         )
 
     def build_hooks(self) -> list[HookBase]:

@@ -1,5 +1,7 @@
 """torchvision's classification networks as FPN backbones."""
 
+import itertools
+import math
 import os
 from collections.abc import Sequence
 
@@ -57,7 +59,7 @@ class TorchvisionBackbone(Backbone):
         self._out_feature_channels = {k: shape[1] for k, shape in shapes.items()}
         self._out_feature_strides = {k: _PROBE // shape[2] for k, shape in shapes.items()}
         strides = list(self._out_feature_strides.values())
-        if any(fine * 2 != coarse for fine, coarse in zip(strides, strides[1:])):
+        if any(fine * 2 != coarse for fine, coarse in itertools.pairwise(strides)):
             raise DistillError(
                 f"MODEL.TORCHVISION.OUT_FEATURES have strides {strides}; an FPN needs each to be twice the one before."
             )
@@ -151,11 +153,12 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         node.NAME, node.OUT_FEATURES, node.NORM, node.WEIGHTS, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
     )
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
-    top_block = LastLevelMaxPool()
+    coarsest = bottom_up.output_shape()[node.OUT_FEATURES[-1]]
     if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS"):
-        coarsest = node.OUT_FEATURES[-1]
-        channels = bottom_up.output_shape()[coarsest].channels
-        top_block = LastLevelP6P7(channels, out_channels, in_feature=coarsest)
+        top_block = LastLevelP6P7(coarsest.channels, out_channels, in_feature=node.OUT_FEATURES[-1])
+    else:
+        top_block = LastLevelMaxPool()
+        top_block.in_feature = f"p{int(math.log2(coarsest.stride))}"
     return FPN(
         bottom_up=bottom_up,
         in_features=list(node.OUT_FEATURES),

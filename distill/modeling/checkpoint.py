@@ -4,6 +4,8 @@ import pickle
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -81,3 +83,22 @@ class StrictCheckpointer(DetectionCheckpointer):
                 f"shape. The first: {'; '.join(examples[:5])}. Are these the weights of this very architecture?"
             )
         super()._log_incompatible_keys(incompatible)
+
+
+def load_detector(cfg: CfgNode, role: str) -> nn.Module:
+    """Builds the detector of a config and loads MODEL.WEIGHTS into all of it.
+
+    Args:
+        cfg: the detector's own config, without distillation.
+        role: what it is, for the messages, such as "teacher".
+
+    Raises:
+        DistillError: the weights cannot be read, or leave some of the detector unset.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if "TORCHVISION" in cfg.MODEL:
+        cfg.MODEL.TORCHVISION.WEIGHTS = ""  # they would be overwritten at once, and may have to be downloaded
+    model = build_model(cfg)
+    StrictCheckpointer(model, role).load(cfg.MODEL.WEIGHTS)
+    return model

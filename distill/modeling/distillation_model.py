@@ -14,7 +14,6 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..config import student_config
-from ..distillers.base import Distiller
 from ..distillers.build import build_distillers, check_distillers
 from ..errors import DistillError
 from .inherit import inheritable_weights
@@ -124,7 +123,9 @@ class DistillationModel(nn.Module):
         weights = inheritable_weights(self.student, self.teacher.model, self._inherit)
         if not weights:
             return
-        self.student.load_state_dict(weights, strict=False)
+        own = self.student.state_dict()
+        for key, value in weights.items():  # not load_state_dict, which resets the FrozenBN that it is not given
+            own[key].copy_(value)
         logger.info(f"The student inherits {len(weights)} weights from the teacher, under {', '.join(self._inherit)}")
 
     def _check_padding(self) -> None:

@@ -6,6 +6,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch.fcos import FCOS as _FCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes, Instances
+from torch import nn
 
 
 class FCOS(_FCOS):
@@ -35,7 +36,7 @@ def build_fcos(cfg: CfgNode) -> FCOS:
             input_shape=in_shape,
             num_classes=node.NUM_CLASSES,
             conv_dims=[in_shape[0].channels] * node.NUM_CONVS,
-            norm=node.NORM,
+            norm=_group_norm if node.NORM == "GN" else node.NORM,
             prior_prob=node.PRIOR_PROB,
         ),
         head_in_features=list(node.IN_FEATURES),
@@ -50,6 +51,11 @@ def build_fcos(cfg: CfgNode) -> FCOS:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """Detectron2's "GN", also for fewer than its 32 groups: RetinaNetHead tries a norm on one channel first."""
+    return nn.GroupNorm(min(32, channels), channels)
 
 
 if "FCOS" not in META_ARCH_REGISTRY:

@@ -6,12 +6,11 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from ..config import load_config, resolve_config_file, student_config
 from ..errors import DistillError
-from .checkpoint import StrictCheckpointer
+from .checkpoint import load_detector
 from .views import DetectorView
 
 logger = logging.getLogger(__name__)
@@ -104,8 +103,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     # Random numbers drawn for weights that are overwritten at once must not shift those of the student's training:
     # the same seed gives the same data order with and without distillation.
     with torch.random.fork_rng():
-        model = build_model(teacher_cfg)
-    StrictCheckpointer(model, "teacher").load(teacher_cfg.MODEL.WEIGHTS)
+        model = load_detector(teacher_cfg, "teacher")
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info(
         f"Teacher: {teacher_cfg.MODEL.META_ARCHITECTURE}, {parameters:.1f} M parameters, "

@@ -1,0 +1,146 @@
+"""Small detectors, random batches and files to try things on."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from distill import add_distill_config
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+DETECTORS = ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet", "fcos"]
+NUM_CLASSES = 3
+
+
+def set_all(cfg: CfgNode, values: dict) -> None:
+    """Sets config keys, such as {"MODEL.FPN.OUT_CHANNELS": 16}."""
+    for key, value in values.items():
+        *nodes, leaf = key.split(".")
+        node = cfg
+        for name in nodes:
+            node = node[name]
+        node[leaf] = value
+
+
+def detector_cfg(kind: str, depth: int = 18, channels: int = 16, **overrides) -> CfgNode:
+    """The plain config of a small detector of one of DETECTORS, on the CPU."""
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    dense = kind in ("retinanet", "fcos")
+    levels = ["p3", "p4", "p5", "p6", "p7"] if dense else ["p2", "p3", "p4", "p5", "p6"]
+    stages = ["res3", "res4", "res5"] if dense else ["res2", "res3", "res4", "res5"]
+    set_all(
+        cfg,
+        {
+            "MODEL.DEVICE": "cpu",
+            "MODEL.META_ARCHITECTURE": {"retinanet": "RetinaNet", "fcos": "FCOS"}.get(kind, "GeneralizedRCNN"),
+            "MODEL.MASK_ON": kind == "mask_rcnn",
+            "MODEL.BACKBONE.NAME": f"build_{'retinanet_' if dense else ''}resnet_fpn_backbone",
+            "MODEL.BACKBONE.FREEZE_AT": 0,
+            "MODEL.RESNETS.DEPTH": depth,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+            "MODEL.RESNETS.NORM": "FrozenBN",
+            "MODEL.RESNETS.OUT_FEATURES": stages,
+            "MODEL.FPN.IN_FEATURES": stages,
+            "MODEL.FPN.OUT_CHANNELS": channels,
+            "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [128], [256]],
+            "MODEL.RPN.IN_FEATURES": levels,
+            "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50,
+            "MODEL.RPN.PRE_NMS_TOPK_TEST": 50,
+            "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+            "MODEL.ROI_HEADS.NAME": "CascadeROIHeads" if kind == "cascade_rcnn" else "StandardROIHeads",
+            "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+            "MODEL.ROI_HEADS.NUM_CLASSES": NUM_CLASSES,
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+            "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+            "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+            "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": kind == "cascade_rcnn",
+            "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
+            "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+            "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+            "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
+            "MODEL.RETINANET.NUM_CLASSES": NUM_CLASSES,
+            "MODEL.RETINANET.NUM_CONVS": 1,
+            "MODEL.FCOS.NUM_CLASSES": NUM_CLASSES,
+            "MODEL.FCOS.NUM_CONVS": 1,
+            "INPUT.MASK_FORMAT": "bitmask",
+            **overrides,
+        },
+    )
+    return cfg
+
+
+def write_teacher(folder: Path, cfg: CfgNode) -> CfgNode:
+    """Writes a teacher's config and random weights; returns a config's DISTILL.TEACHER overrides."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": build_model(cfg).state_dict()}, folder / "teacher.pth")
+    (folder / "teacher.yaml").write_text(cfg.dump())
+    return {
+        "DISTILL.TEACHER.CONFIG_FILE": str(folder / "teacher.yaml"),
+        "DISTILL.TEACHER.WEIGHTS": str(folder / "teacher.pth"),
+    }
+
+
+def distillation_cfg(student: CfgNode, teacher: dict, **overrides) -> CfgNode:
+    """The config that distils ``student`` from what ``write_teacher`` returned, by knowledge review."""
+    cfg = copy.deepcopy(student)
+    set_all(
+        cfg,
+        {
+            "DISTILL.STUDENT.META_ARCHITECTURE": cfg.MODEL.META_ARCHITECTURE,
+            "MODEL.META_ARCHITECTURE": "DistillationModel",
+            "DISTILL.DISTILLERS": ["ReviewDistiller"],
+            "DISTILL.REVIEW.MID_CHANNELS": 8,
+            **teacher,
+            **overrides,
+        },
+    )
+    return cfg
+
+
+def random_batch(*sizes: tuple[int, int], boxes: int = 3) -> list[dict]:
+    """Random images of the given (height, width) with random boxes and masks."""
+    batch = []
+    for height, width in sizes:
+        corners = torch.rand(boxes, 2) * 0.4
+        corners = torch.cat([corners, corners + 0.2 + 0.3 * torch.rand(boxes, 2)], 1)
+        instances = Instances((height, width), gt_boxes=Boxes(corners * torch.tensor([width, height] * 2)))
+        masks = torch.zeros(boxes, height, width, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, instances.gt_boxes.tensor.long().tolist()):
+            mask[y0:y1, x0:x1] = True
+        instances.gt_masks = BitMasks(masks)
+        instances.gt_classes = torch.randint(NUM_CLASSES, (boxes,))
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
+
+
+def run_script(*args: str, cwd: Path = ROOT, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+    """Runs a script of the project as a user does, with one thread."""
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def write_yaml(path: Path, content: dict) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+torch.set_num_threads(1)  # the models are small, and there may be other work on the machine

@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Step time and peak memory of a distillation config, broken down: what each part costs, and what the whole costs.
+
+    python tools/benchmark.py --config-file CONFIG [--json FILE] [--rounds N]
+
+The batch is random images of the config's training size (INPUT.MIN_SIZE_TRAIN x MAX_SIZE_TRAIN, SOLVER.IMS_PER_BATCH
+of them) with random boxes; weights are random, so neither data nor checkpoints are needed. The parts run in turns,
+round after round, so that a machine whose speed drifts slows all of them alike.
+"""
+
+import argparse
+import json
+import logging
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+from torch import nn
+
+from distill.config import load_config, student_config
+from distill.distillers import build_distillers
+from distill.engine import Trainer
+from distill.errors import DistillError
+from distill.modeling import DetectorView, DistillationModel, Teacher
+from distill.modeling.teacher import teacher_config
+
+logger = logging.getLogger("detectron2.benchmark")
+
+
+def random_batch(cfg: CfgNode, num_classes: int, boxes_per_image: int = 8) -> list[dict]:
+    """Random images with random boxes and masks, in Detectron2's format."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = cfg.INPUT.MIN_SIZE_TRAIN[-1], cfg.INPUT.MAX_SIZE_TRAIN
+    batch = []
+    for _ in range(cfg.SOLVER.IMS_PER_BATCH):
+        corners = torch.rand(boxes_per_image, 2, generator=generator) * 0.6
+        extents = 0.1 + 0.3 * torch.rand(boxes_per_image, 2, generator=generator)
+        boxes = torch.cat([corners, corners + extents], 1) * torch.tensor([width, height] * 2)
+        masks = torch.zeros(boxes_per_image, height, width, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.long().tolist()):
+            mask[y0:y1, x0:x1] = True
+        instances = Instances((height, width), gt_boxes=Boxes(boxes), gt_masks=BitMasks(masks))
+        instances.gt_classes = torch.randint(num_classes, (boxes_per_image,), generator=generator)
+        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
+
+
+class PeakMemory:
+    """Peak memory between two calls, in MiB: CUDA's allocations, or the process's resident memory on Linux."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+
+    def reset(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+
+    def read(self) -> float:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2**20
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) / 2**10
+
+
+def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
+    """The parts of a step, and the whole, as functions to time."""
+    student = build_model(student_config(cfg))
+    teacher = Teacher(build_model(teacher_config(cfg)), flip_channels=False)
+    distillers = build_distillers(cfg, student.backbone.output_shape(), teacher.output_shape)
+    model = DistillationModel(student=student, teacher=teacher, distillers=distillers).train()
+    batch = random_batch(cfg, num_classes=2)
+    own_optimizer, optimizer = Trainer.build_optimizer(cfg, student), Trainer.build_optimizer(cfg, model)
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        sum(module(batch).values()).backward()
+        optimizer.step()
+
+    model(batch)  # once, so that there are features to give to the distillers alone
+    images, features = teacher._features(batch)
+    record = {k: v.detach() for k, v in features.items()}
+    with torch.no_grad():
+        own = {k: v.detach() for k, v in student.backbone(student.preprocess_image(batch).tensor).items()}
+
+    def distil(distiller: nn.Module) -> None:
+        leaves = {k: v.clone().requires_grad_() for k, v in own.items()}
+        views = (
+            DetectorView(student, batch, lambda: (images, leaves), frozen=False),
+            DetectorView(teacher.model, batch, lambda: (images, record), frozen=True),
+        )
+        sum(distiller(*views).values()).backward()
+
+    parts = {
+        "student's own step": lambda: step(student, own_optimizer),
+        "teacher's forward": lambda: teacher.view(batch).features,
+    }
+    for name, distiller in distillers.items():
+        parts[f"{name}, forward and backward"] = lambda distiller=distiller: distil(distiller)
+    parts["full step"] = lambda: step(model, optimizer)
+    return parts
+
+
+def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> tuple[list[dict], float]:
+    """Times the parts in turns.
+
+    Returns:
+        A row for each part (median, minimum and maximum in ms; peak memory in MiB), and the median over the rounds
+        of the full step's time divided by the sum of all other parts'.
+    """
+    memory = PeakMemory(device)
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    peaks = dict.fromkeys(parts, 0.0)
+    started = logged = time.perf_counter()
+    for index in range(rounds + 2):  # the first two warm up
+        for name, run in parts.items():
+            memory.reset()
+            begin = time.perf_counter()
+            run()
+            if memory.cuda:
+                torch.cuda.synchronize()
+            if index >= 2:
+                times[name].append((time.perf_counter() - begin) * 1e3)
+                peaks[name] = max(peaks[name], memory.read())
+        if time.perf_counter() - logged > 10:
+            logged = time.perf_counter()
+            left = (logged - started) / (index + 1) * (rounds + 1 - index)
+            logger.info(f"round {index + 1} of {rounds + 2}, {left:.0f} s left")
+    rows = [
+        {
+            "part": name,
+            "ms": statistics.median(values),
+            "min ms": min(values),
+            "max ms": max(values),
+            "peak MiB": peaks[name],
+        }
+        for name, values in times.items()
+    ]
+    *others, full = times.values()
+    ratio = statistics.median(whole / sum(pieces) for whole, *pieces in zip(full, *others))
+    return rows, ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
+    args = parser.parse_args()
+    setup_logger()
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        if not torch.cuda.is_available():
+            cfg.MODEL.DEVICE = "cpu"
+        with EventStorage():
+            rows, ratio = measure(build_parts(cfg), args.rounds, cfg.MODEL.DEVICE)
+    except DistillError as error:
+        sys.exit(f"error: {error}")
+    device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE.startswith("cuda") else "CPU"
+    print(tabulate(rows, headers="keys", floatfmt=".1f", tablefmt="pipe"))
+    print(f"\nfull step / sum of its parts: {ratio:.3f} (median of {args.rounds} rounds, {device})")
+    if args.json:
+        content = {"config": args.config_file, "device": device, "rounds": args.rounds, "rows": rows, "ratio": ratio}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Writes a distilled student as plain Detectron2 reads it: a config and a checkpoint, no teacher, no distillers.
+
+    python tools/export_student.py --config-file CONFIG --weights W --output DIR
+
+``DIR/config.yaml`` holds Detectron2's own keys only, unless the student itself is an FCOS or stands on a torchvision
+backbone: then ``MODEL.FCOS`` or ``MODEL.TORCHVISION`` stay, and who loads it imports ``distill.modeling`` and calls
+``add_distill_config`` first.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.utils.logger import setup_logger
+
+import distill.modeling  # noqa: F401  registers its backbones and meta-architectures
+from distill.config import load_config, plain_config
+from distill.errors import DistillError
+from distill.modeling.checkpoint import load_detector
+
+logger = logging.getLogger("detectron2.export")
+
+
+def export(config_file: str, weights: str, output: str, opts: list[str]) -> None:
+    """Exports one student.
+
+    Args:
+        config_file: the config that it was trained with, such as OUTPUT_DIR/config.yaml.
+        weights: its checkpoint.
+        output: the folder to write.
+        opts: overrides of the config.
+
+    Raises:
+        DistillError: the checkpoint does not fill the student.
+    """
+    cfg = plain_config(load_config(config_file, opts))
+    device, cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = cfg.MODEL.DEVICE, "cpu", weights
+    model = load_detector(cfg, "student")
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = device, str(folder / "model_final.pth")
+    torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
+    if "TORCHVISION" in cfg.MODEL:
+        cfg.MODEL.TORCHVISION.WEIGHTS = ""  # model_final.pth holds all weights
+    (folder / "config.yaml").write_text(cfg.dump())
+    logger.info(f"{folder} holds config.yaml and model_final.pth")
+    ours = [key for key in ("FCOS", "TORCHVISION") if key in cfg.MODEL]
+    if ours:
+        logger.info(
+            f"The student is built from MODEL.{' and MODEL.'.join(ours)}: to load it, import distill.modeling and call "
+            "distill.add_distill_config(cfg) before cfg.merge_from_file."
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
+    args = parser.parse_args()
+    setup_logger()
+    try:
+        export(args.config_file, args.weights, args.output, args.opts)
+    except DistillError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
