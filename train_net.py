@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from distill.config import load_config, resolve_config_file, student_config
 from distill.data import check_num_classes, register_datasets
@@ -62,7 +63,7 @@ def setup(args: Namespace) -> CfgNode:
     check_num_classes(cfg)
     cfg.freeze()
     default_setup(cfg, Namespace(**{**vars(args), "config_file": resolve_config_file(args.config_file)[0]}))
-    logging.getLogger("distill").parent = logging.getLogger("detectron2")  # its handlers, format and log file
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     if on_cpu:
         logger.info("No CUDA GPU is available: running on the CPU.")
     return cfg

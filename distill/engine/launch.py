@@ -9,8 +9,10 @@ from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import DistillError
 
@@ -42,14 +44,17 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> None:
         return
     if args.num_gpus > torch.cuda.device_count() and torch.cuda.is_available():
         raise DistillError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
-    detectron2_launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        detectron2_launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except mp.ProcessExitedException as error:  # the process itself has said what was wrong
+        sys.exit(f"error: a process of this run failed: {error}")
 
 
 def _start_torchrun(processes: int, args: Namespace) -> None:
@@ -62,7 +67,10 @@ def _start_torchrun(processes: int, args: Namespace) -> None:
         address = urlparse(args.dist_url)
         command += ["--node-rank", str(args.machine_rank)]
         command += ["--master-addr", str(address.hostname), "--master-port", str(address.port)]
-    torchrun([*command, *sys.argv])
+    try:
+        torchrun([*command, *sys.argv])
+    except ChildFailedError as error:  # the process itself has said what was wrong
+        sys.exit(f"error: a process of this run failed: {error.get_first_failure()[1].message}")
 
 
 def _join_torchrun() -> None:

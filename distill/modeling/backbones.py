@@ -103,6 +103,8 @@ def _build_network(name: str, weights: str) -> nn.Module:
 
 def _extractor(network: nn.Module, out_features: Sequence[str]) -> nn.Module:
     try:
+        if not out_features:
+            raise ValueError
         return create_feature_extractor(network, list(out_features))
     except ValueError:
         nodes = get_graph_node_names(network)[0]

@@ -1,0 +1,29 @@
+"""One training step on a stored batch, of which each process takes its share. Run by test_distributed.py."""
+
+import sys
+from argparse import Namespace
+
+import torch
+from detectron2.utils import comm
+
+from distill.config import load_config
+from distill.engine import Trainer, launch
+
+
+class OneBatchTrainer(Trainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        batch = torch.load(sys.argv[2], weights_only=False)  # written by the test
+        return [batch[comm.get_rank() :: comm.get_world_size()]]
+
+
+def main(args: Namespace) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    trainer = OneBatchTrainer(load_config(sys.argv[1], sys.argv[3:]))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    launch(main, Namespace(num_gpus=0, num_machines=1, machine_rank=0, dist_url="auto"))

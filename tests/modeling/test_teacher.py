@@ -1,0 +1,125 @@
+"""The teacher is fully loaded, or it is an error that says why."""
+
+import pickle
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from distill.errors import DistillError
+from distill.modeling import build_teacher
+from distill.modeling.teacher import teacher_config
+from tests.helpers import detector_cfg, distillation_cfg, set_all, write_teacher
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
+    return distillation_cfg(detector_cfg("faster_rcnn"), overrides)
+
+
+def edit_weights(cfg, edit):
+    """Loads the teacher's state dict, edits it in place and writes it back."""
+    path = cfg.DISTILL.TEACHER.WEIGHTS
+    state = torch.load(path)["model"]
+    edit(state)
+    torch.save({"model": state}, path)
+
+
+def test_loads_every_weight(cfg):
+    teacher = build_teacher(cfg)
+    for key, value in torch.load(cfg.DISTILL.TEACHER.WEIGHTS)["model"].items():
+        assert torch.equal(value, teacher.model.state_dict()[key])
+
+
+def test_the_teacher_of_a_distilled_run_is_its_student(cfg, tmp_path):
+    distilled = build_model(cfg)
+    torch.save({"model": distilled.state_dict()}, tmp_path / "distilled.pth")
+    (tmp_path / "distilled.yaml").write_text(cfg.dump())
+    set_all(cfg, {"DISTILL.TEACHER.CONFIG_FILE": str(tmp_path / "distilled.yaml")})
+    set_all(cfg, {"DISTILL.TEACHER.WEIGHTS": str(tmp_path / "distilled.pth")})
+    teacher = build_teacher(cfg)
+    assert torch.equal(teacher.model.backbone.fpn_lateral2.weight, distilled.student.backbone.fpn_lateral2.weight)
+
+
+def test_zoo_config_without_weights_takes_the_zoos(cfg):
+    name = "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
+    set_all(cfg, {"DISTILL.TEACHER.CONFIG_FILE": name, "DISTILL.TEACHER.WEIGHTS": ""})
+    assert teacher_config(cfg).MODEL.WEIGHTS.endswith("/137851257/model_final_f6e8b1.pkl")
+
+
+def test_overrides_reach_the_teacher_alone(cfg):
+    set_all(cfg, {"DISTILL.TEACHER.OPTS": ["MODEL.FPN.OUT_CHANNELS", 24]})
+    assert teacher_config(cfg).MODEL.FPN.OUT_CHANNELS == 24 and cfg.MODEL.FPN.OUT_CHANNELS == 16
+
+
+def test_missing_keys_are_counted_and_named(cfg):
+    edit_weights(cfg, lambda state: [state.pop(key) for key in list(state) if "fpn_lateral" in key])
+    with pytest.raises(DistillError, match=r"8 are missing and 0 .*The first: backbone.fpn_lateral2.bias is missing"):
+        build_teacher(cfg)
+
+
+def test_other_shapes_are_counted_and_named(cfg):
+    edit_weights(cfg, lambda state: state.update({"backbone.fpn_output2.weight": torch.zeros(1, 2, 3, 3)}))
+    with pytest.raises(DistillError, match=r"0 are missing and 1 have another shape.*fpn_output2.weight is \(1, 2, 3"):
+        build_teacher(cfg)
+
+
+def test_weights_of_another_architecture_are_refused(cfg, tmp_path):
+    other = write_teacher(tmp_path / "other", detector_cfg("retinanet"))
+    set_all(cfg, {"DISTILL.TEACHER.WEIGHTS": other["DISTILL.TEACHER.WEIGHTS"]})
+    with pytest.raises(DistillError, match="very architecture") as error:
+        build_teacher(cfg)
+    assert str(error.value).count(" is ") <= 6  # five examples, not a list of hundreds
+
+
+def test_a_backbone_alone_is_refused(cfg):
+    edit_weights(cfg, lambda state: [state.pop(key) for key in list(state) if "bottom_up" not in key])
+    with pytest.raises(DistillError, match="would not be fully loaded"):
+        build_teacher(cfg)
+
+
+def test_missing_file(cfg):
+    set_all(cfg, {"DISTILL.TEACHER.WEIGHTS": "/nowhere/model.pth"})
+    with pytest.raises(DistillError, match="'/nowhere/model.pth' cannot be read"):
+        build_teacher(cfg)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5])
+def test_truncated_file(cfg, keep):
+    path = cfg.DISTILL.TEACHER.WEIGHTS
+    with open(path, "rb") as f:
+        content = f.read()
+    with open(path, "wb") as f:
+        f.write(content[: int(len(content) * keep) if keep < 1 else keep])
+    with pytest.raises(DistillError, match=r"teacher.pth' are not a readable checkpoint.*truncated"):
+        build_teacher(cfg)
+
+
+class Exploit:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_a_pth_that_would_run_code_is_refused(cfg, capsys):
+    torch.save({"model": {"a": torch.zeros(1)}, "x": Exploit()}, cfg.DISTILL.TEACHER.WEIGHTS)
+    with pytest.raises(DistillError, match="not a readable checkpoint"):
+        build_teacher(cfg)
+    with open(cfg.DISTILL.TEACHER.WEIGHTS, "wb") as f:
+        pickle.dump(Exploit(), f)
+    with pytest.raises(DistillError, match="not a readable checkpoint"):
+        build_teacher(cfg)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_file_without_a_state_dict_is_refused(cfg):
+    torch.save({"model": {}}, cfg.DISTILL.TEACHER.WEIGHTS)
+    with pytest.raises(DistillError, match="hold no state dict"):
+        build_teacher(cfg)
+
+
+@pytest.mark.parametrize("key", ["CONFIG_FILE", "WEIGHTS"])
+def test_an_empty_key_is_named(cfg, key):
+    set_all(cfg, {f"DISTILL.TEACHER.{key}": ""})
+    with pytest.raises(DistillError, match=f"DISTILL.TEACHER.{key} is empty"):
+        build_teacher(cfg)

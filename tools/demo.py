@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""The project's main job on data that needs no download: a teacher, a student, and the same student distilled.
+
+    python tools/demo.py [--output output/demo]
+
+Trains the three with train_net.py on ``digit_scenes``, prints one table, and draws their detections side by side.
+Finished stages are kept, and an interrupted one goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from tabulate import tabulate
+
+import distill.data  # noqa: F401  registers digit_scenes
+from distill.config import load_config, student_config
+from distill.modeling.checkpoint import load_detector
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = {"teacher": "teacher", "student": "student", "student, distilled": "review"}
+NUM_DRAWN, MIN_SCORE = 6, 0.5
+NUM_TIMED = 20
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """What Detectron2 has written to metrics.json so far, a dict for each record."""
+    path = folder / "metrics.json"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> None:
+    """Trains one model in a process of its own, showing its progress; returns at once if it is finished.
+
+    Exits with a message if the training fails.
+    """
+    if (folder / "model_final.pth").exists():
+        print(f"{name}: finished already ({folder})")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "train.log"
+    command = [sys.executable, "train_net.py", "--config-file", config, "--resume", "OUTPUT_DIR", str(folder), *overrides]
+    print(f"{name}: training, log in {log}", flush=True)
+    with log.open("a") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+    shown = None
+    try:
+        while process.poll() is None:
+            time.sleep(2)
+            steps = [record for record in read_metrics(folder) if "eta_seconds" in record]
+            if steps and steps[-1]["iteration"] != shown:
+                shown = steps[-1]["iteration"]
+                left = time.strftime("%M:%S", time.gmtime(steps[-1]["eta_seconds"]))
+                print(f"{name}: step {shown + 1}, loss {steps[-1]['total_loss']:.2f}, {left} left", flush=True)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
+        sys.exit(f"{tail}\nerror: training the {name} failed, see {log}. The same command goes on from the last checkpoint.")
+
+
+def time_inference(models: dict[str, torch.nn.Module], inputs: list[dict]) -> dict[str, float]:
+    """Median ms per image of each model, one image at a time, the models taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for index, image in enumerate(inputs):
+        for name, model in models.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            model([image])
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index >= 3:  # warm
+                times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def draw(records: list[dict], detections: dict[str, list], class_names: list[str], path: Path) -> None:
+    """Draws images in rows: ground truth, and the detections of each model above MIN_SCORE."""
+    columns = ["ground truth", *detections]
+    figure, axes = plt.subplots(len(records), len(columns), figsize=(2.4 * len(columns), 2.4 * len(records)))
+    for row, record in enumerate(records):
+        image = read_image(record["file_name"], "RGB")
+        truth = [(*_corners(a["bbox"]), class_names[a["category_id"]]) for a in record["annotations"]]
+        found = {
+            name: [
+                (*box, f"{class_names[c]} {score:.1f}")
+                for box, c, score in zip(x.pred_boxes.tensor.tolist(), x.pred_classes.tolist(), x.scores.tolist())
+                if score >= MIN_SCORE
+            ]
+            for name, instances in detections.items()
+            for x in [instances[row]]
+        }
+        for column, boxes in enumerate([truth, *found.values()]):
+            axis = axes[row, column]
+            axis.imshow(image)
+            axis.axis("off")
+            if row == 0:
+                axis.set_title(columns[column], fontsize=10)
+            for x0, y0, x1, y1, label in boxes:
+                axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="lime", linewidth=1))
+                axis.text(x0, y0, label, color="black", backgroundcolor="lime", fontsize=5, va="bottom").set_bbox(
+                    {"facecolor": "lime", "pad": 0.5, "linewidth": 0}
+                )
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _corners(xywh: list[float]) -> tuple[float, float, float, float]:
+    x, y, w, h = xywh
+    return x, y, x + w, y + h
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), metavar="DIR")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ..., for all three trainings")
+    args = parser.parse_args()
+    output = args.output.resolve()
+
+    weights = ["DISTILL.TEACHER.WEIGHTS", str(output / "teacher" / "model_final.pth")]
+    for name, stage in STAGES.items():
+        extra = args.opts + (weights if stage == "review" else [])
+        train_stage(name, f"configs/demo/{stage}.yaml", output / stage, extra)
+
+    models, rows = {}, []
+    for name, stage in STAGES.items():
+        cfg = student_config(load_config(str(output / stage / "config.yaml")))
+        cfg.MODEL.WEIGHTS = str(output / stage / "model_final.pth")
+        models[name] = load_detector(cfg, name).eval()
+    dataset = DatasetCatalog.get("digit_scenes_val")
+    records = dataset[:NUM_TIMED]
+    inputs = [
+        {"image": torch.from_numpy(read_image(r["file_name"], "BGR").transpose(2, 0, 1).copy())} for r in records
+    ]
+    times = time_inference(models, inputs)
+    for (name, model), stage in zip(models.items(), STAGES.values()):
+        scores = next(record for record in reversed(read_metrics(output / stage)) if "bbox/AP" in record)
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        rows.append([name, *(scores[f"bbox/{key}"] for key in ("AP", "AP50", "AP75")), parameters, times[name]])
+    headers = ["model", "AP", "AP50", "AP75", "parameters (M)", "ms per image"]
+    table = tabulate(rows, headers, tablefmt="pipe", floatfmt=("", ".1f", ".1f", ".1f", ".1f", ".1f"))
+    (output / "table.md").write_text(table + "\n")
+
+    detections = {
+        name: [x["instances"].to("cpu") for x in model(inputs[:NUM_DRAWN])] for name, model in models.items()
+    }
+    picture = output / "detections.png"
+    draw(records[:NUM_DRAWN], detections, MetadataCatalog.get("digit_scenes_val").thing_classes, picture)
+    print(f"\n{table}\n\nThe detections side by side: {picture}")
+
+
+if __name__ == "__main__":
+    main()
