@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
+import distill.modeling  # noqa: F401  registers its meta-architectures and backbones
 from distill import add_distill_config
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -204,7 +204,9 @@ def test_trains_and_evaluates_on_bccd(tmp_path):
     record = read_metrics(tmp_path / "out")
     assert 0 <= record["bbox/AP50"] <= 100 and record["loss_review"] > 0
     teacher = run_script("train_net.py", *arguments, "--eval-only", "--eval-teacher", timeout=500)
-    assert teacher.returncode == 0 and "Evaluating bccd_test using 2012 metric" in teacher.stdout, teacher.stderr[-3000:]
+    assert teacher.returncode == 0 and "Evaluating bccd_test using 2012 metric" in teacher.stdout, teacher.stderr[
+        -3000:
+    ]
 
 
 @needs_shared_data

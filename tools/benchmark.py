@@ -77,6 +77,7 @@ class PeakMemory:
 
 def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     """The parts of a step, and the whole, as functions to time."""
+    cfg.SOLVER.BASE_LR = 0.0  # random weights on random images would diverge
     student = build_model(student_config(cfg))
     teacher = Teacher(build_model(teacher_config(cfg)), flip_channels=False)
     distillers = build_distillers(cfg, student.backbone.output_shape(), teacher.output_shape)

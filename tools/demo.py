@@ -50,7 +50,16 @@ def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> N
         return
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "train.log"
-    command = [sys.executable, "train_net.py", "--config-file", config, "--resume", "OUTPUT_DIR", str(folder), *overrides]
+    command = [
+        sys.executable,
+        "train_net.py",
+        "--config-file",
+        config,
+        "--resume",
+        "OUTPUT_DIR",
+        str(folder),
+        *overrides,
+    ]
     print(f"{name}: training, log in {log}", flush=True)
     with log.open("a") as stream:
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
@@ -69,7 +78,9 @@ def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> N
             process.wait()
     if process.returncode:
         tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
-        sys.exit(f"{tail}\nerror: training the {name} failed, see {log}. The same command goes on from the last checkpoint.")
+        sys.exit(
+            f"{tail}\nerror: training the {name} failed, see {log}. The same command goes on from the last checkpoint."
+        )
 
 
 def time_inference(models: dict[str, torch.nn.Module], inputs: list[dict]) -> dict[str, float]:
@@ -144,9 +155,7 @@ def main() -> None:
         models[name] = load_detector(cfg, name).eval()
     dataset = DatasetCatalog.get("digit_scenes_val")
     records = dataset[:NUM_TIMED]
-    inputs = [
-        {"image": torch.from_numpy(read_image(r["file_name"], "BGR").transpose(2, 0, 1).copy())} for r in records
-    ]
+    inputs = [{"image": torch.from_numpy(read_image(r["file_name"], "BGR").transpose(2, 0, 1).copy())} for r in records]
     times = time_inference(models, inputs)
     for (name, model), stage in zip(models.items(), STAGES.values()):
         scores = next(record for record in reversed(read_metrics(output / stage)) if "bbox/AP" in record)
@@ -156,9 +165,7 @@ def main() -> None:
     table = tabulate(rows, headers, tablefmt="pipe", floatfmt=("", ".1f", ".1f", ".1f", ".1f", ".1f"))
     (output / "table.md").write_text(table + "\n")
 
-    detections = {
-        name: [x["instances"].to("cpu") for x in model(inputs[:NUM_DRAWN])] for name, model in models.items()
-    }
+    detections = {name: [x["instances"].to("cpu") for x in model(inputs[:NUM_DRAWN])] for name, model in models.items()}
     picture = output / "detections.png"
     draw(records[:NUM_DRAWN], detections, MetadataCatalog.get("digit_scenes_val").thing_classes, picture)
     print(f"\n{table}\n\nThe detections side by side: {picture}")

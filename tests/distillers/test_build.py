@@ -28,14 +28,19 @@ def test_a_level_that_one_side_lacks_is_named_with_those_it_has():
 
 
 def test_other_strides_point_to_aligned_distillation():
-    with pytest.raises(DistillError, match="p3 has stride 16 in the student and 8 in the teacher.*aligned distillation"):
+    with pytest.raises(
+        DistillError, match="p3 has stride 16 in the student and 8 in the teacher.*aligned distillation"
+    ):
         shared_levels([], shapes("p3", stride_factor=2), shapes("p3"), "KEY")
 
 
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"DISTILL.DISTILLERS": ["ReviewDistill"]}, "Unknown distiller 'ReviewDistill'.*Registered are: .*ReviewDistiller"),
+        (
+            {"DISTILL.DISTILLERS": ["ReviewDistill"]},
+            "Unknown distiller 'ReviewDistill'.*Registered are: .*ReviewDistiller",
+        ),
         ({"DISTILL.DISTILLERS": []}, "DISTILL.DISTILLERS is empty.*ReviewDistiller"),
         ({"DISTILL.DISTILLERS": ["ReviewDistiller"] * 2}, "names 'ReviewDistiller' 2 times"),
         ({"DISTILL.IMPORTS": ["no_such_module"]}, "'no_such_module', which cannot be imported"),

@@ -15,9 +15,7 @@ RESNET = ("resnet18", ["layer1", "layer2", "layer3", "layer4"])
 MOBILENET = ("mobilenet_v2", ["features.3", "features.6", "features.13", "features.17"])
 
 
-@pytest.mark.parametrize(
-    "name, taps, channels", [(*RESNET, [64, 128, 256, 512]), (*MOBILENET, [24, 32, 96, 320])]
-)
+@pytest.mark.parametrize("name, taps, channels", [(*RESNET, [64, 128, 256, 512]), (*MOBILENET, [24, 32, 96, 320])])
 def test_features_are_those_of_torchvision(name, taps, channels, tmp_path):
     network = torchvision.models.get_model(name, weights=None).eval()
     for m in network.modules():
@@ -79,7 +77,9 @@ def test_mistakes_are_named(args, message):
         TorchvisionBackbone(*args)
 
 
-@pytest.mark.parametrize("kind, top", [("faster_rcnn", ["p2", "p3", "p4", "p5", "p6"]), ("retinanet", ["p3", "p4", "p5", "p6", "p7"])])
+@pytest.mark.parametrize(
+    "kind, top", [("faster_rcnn", ["p2", "p3", "p4", "p5", "p6"]), ("retinanet", ["p3", "p4", "p5", "p6", "p7"])]
+)
 def test_detectors_train_on_it(kind, top):
     cfg = detector_cfg(kind)
     taps = MOBILENET[1] if kind == "faster_rcnn" else MOBILENET[1][1:]

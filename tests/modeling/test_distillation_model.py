@@ -225,9 +225,7 @@ def test_teacher_follows_the_model_to_another_dtype(tmp_path):
 def test_inheriting_copies_what_is_named_and_nothing_else(tmp_path):
     overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn", depth=34))
     parts = ["backbone.fpn_", "proposal_generator", "roi_heads"]
-    model = build_model(
-        distillation_cfg(detector_cfg("faster_rcnn"), overrides, **{"DISTILL.STUDENT.INHERIT": parts})
-    )
+    model = build_model(distillation_cfg(detector_cfg("faster_rcnn"), overrides, **{"DISTILL.STUDENT.INHERIT": parts}))
     before = copy.deepcopy(model.student.state_dict())
     model.inherit()
     given = model.teacher.model.state_dict()

@@ -1,0 +1,114 @@
+"""The composed data set: deterministic, disjoint, consistent, and complete or absent."""
+
+import json
+import multiprocessing
+from xml.etree import ElementTree
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+import distill.data  # noqa: F401  registers the data set
+from distill.data import digit_scenes
+
+
+def test_same_index_same_scene():
+    first, second = (digit_scenes.SceneComposer("train") for _ in range(2))
+    second.compose(1)  # what was composed before plays no part
+    for a, b in zip(first.compose(5), second.compose(5)):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert not np.array_equal(np.asarray(first.compose(5)[0]), np.asarray(first.compose(6)[0]))
+
+
+def test_train_and_val_draw_from_disjoint_digits():
+    train, val = (digit_scenes.SceneComposer(split) for split in ("train", "val"))
+    assert not set(train.indices) & set(val.indices) and len(train.indices) + len(val.indices) == len(train.labels)
+    assert set(val.labels[val.indices]) == set(range(10))
+
+
+def test_masks_are_disjoint_and_small_and_crowded_digits_occur():
+    composer = digit_scenes.SceneComposer("val")
+    widths, counts = [], []
+    for index in range(40):
+        image, masks, classes = composer.compose(index)
+        assert image.size == (128, 128) and len(masks) == len(classes)
+        assert masks.sum(0).max() <= 1 and all(m.sum() > 0 for m in masks)
+        boxes = [digit_scenes._bounding_box(m) for m in masks]
+        widths += [max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes]
+        counts.append(len(masks))
+    assert min(widths) < 16 and max(widths) > 40 and max(counts) >= 6
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A data set of a few images in a cache of its own."""
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    monkeypatch.setitem(digit_scenes.SETTINGS, "images", {"train": 3, "val": 4})
+    return tmp_path
+
+
+def test_coco_and_voc_describe_the_same(small):
+    folder = digit_scenes.prepare_digit_scenes()
+    coco = json.loads((folder / "instances_val.json").read_text())
+    assert len(coco["images"]) == 4 and len(coco["categories"]) == 10
+    for image in coco["images"]:
+        stem = image["file_name"].removesuffix(".jpg")
+        width, height = Image.open(folder / "JPEGImages" / image["file_name"]).size
+        annotations = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+        objects = list(ElementTree.parse(folder / "Annotations" / f"{stem}.xml").iter("object"))
+        assert len(annotations) == len(objects)
+        for annotation, node in zip(annotations, objects):
+            assert node.findtext("name") == str(annotation["category_id"] - 1)
+            x0, y0, w, h = annotation["bbox"]
+            corners = [int(node.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")]
+            assert corners == [x0 + 1, y0 + 1, x0 + w, y0 + h] and x0 + w <= width and y0 + h <= height
+            mask = mask_util.decode(annotation["segmentation"])
+            assert mask.sum() == annotation["area"]
+            assert list(mask_util.toBbox(annotation["segmentation"])) == annotation["bbox"]
+
+
+def _prepare(queue):
+    queue.put(str(digit_scenes.prepare_digit_scenes()))
+
+
+def test_two_processes_at_once_make_one_complete_copy(small):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_prepare, args=(queue,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    folders = {queue.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(folders) == 1 and [p.exitcode for p in processes] == [0, 0]
+    left = sorted(p.name for p in small.iterdir() if p.is_dir())
+    assert left == [digit_scenes.cache_dir().name]
+
+
+def test_an_interrupted_composition_leaves_nothing(small, monkeypatch):
+    def fail(folder, split):
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digit_scenes, "_write_split", fail)
+    with pytest.raises(KeyboardInterrupt):
+        digit_scenes.prepare_digit_scenes()
+    assert not [p for p in small.iterdir() if p.is_dir()]
+
+
+def test_other_settings_have_another_folder(small):
+    before = digit_scenes.cache_dir()
+    digit_scenes.SETTINGS["images"]["val"] += 1
+    assert digit_scenes.cache_dir() != before
+
+
+def test_registered_as_both_coco_and_voc():
+    assert MetadataCatalog.get("digit_scenes_val").evaluator_type == "coco"
+    assert MetadataCatalog.get("digit_scenes_voc_val").evaluator_type == "pascal_voc"
+    coco, voc = DatasetCatalog.get("digit_scenes_val"), DatasetCatalog.get("digit_scenes_voc_val")
+    assert len(coco) == len(voc) == 300 and len(DatasetCatalog.get("digit_scenes_train")) == 2000
+    assert "segmentation" in coco[0]["annotations"][0]
+    for a, b in zip(coco, voc):
+        assert [x["category_id"] for x in a["annotations"]] == [x["category_id"] for x in b["annotations"]]

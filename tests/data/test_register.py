@@ -1,0 +1,121 @@
+"""Data sets from the config, and the error of each mistake."""
+
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from distill.data import NamingDatasetMapper, check_num_classes, register_datasets
+from distill.errors import DistillError
+from tests.helpers import NUM_CLASSES, detector_cfg, set_all
+from tests.test_train_net import make_voc
+
+
+@pytest.fixture(autouse=True)
+def unregister():
+    """Removes what a test registered."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+        from distill.data import register
+
+        register._registered.pop(name, None)
+
+
+def write_coco(folder, num_images=1):
+    content = {
+        "images": [{"id": i + 1, "file_name": "a.jpg", "width": 8, "height": 8} for i in range(num_images)],
+        "categories": [{"id": 9, "name": "zebra"}, {"id": 4, "name": "apple"}],
+        "annotations": [],
+    }
+    (folder / "coco.json").write_text(json.dumps(content))
+    return f"{folder}/coco.json"
+
+
+def test_voc_classes_are_read_and_sorted(tmp_path):
+    make_voc(tmp_path)
+    xml = tmp_path / "Annotations" / "0.xml"
+    xml.write_text(xml.read_text().replace("cell", "atom"))
+    register_datasets([f"v=voc:{tmp_path}:train"])
+    meta = MetadataCatalog.get("v")
+    assert meta.thing_classes == ["atom", "cell"] and meta.evaluator_type == "pascal_voc" and meta.year == 2012
+    records = DatasetCatalog.get("v")
+    assert [r["annotations"][0]["category_id"] for r in records] == [0, 1, 1, 1]
+
+
+def test_voc_2007_and_given_classes(tmp_path):
+    make_voc(tmp_path / "VOC2007")
+    register_datasets([f"v=voc:{tmp_path}/VOC2007/:train:other,cell"])
+    assert MetadataCatalog.get("v").year == 2007 and MetadataCatalog.get("v").thing_classes == ["other", "cell"]
+
+
+def test_coco_classes_are_sorted_by_id(tmp_path):
+    register_datasets([f"c=coco:{write_coco(tmp_path)}:{tmp_path}"])
+    assert MetadataCatalog.get("c").thing_classes == ["apple", "zebra"]
+    assert MetadataCatalog.get("c").evaluator_type == "coco" and len(DatasetCatalog.get("c")) == 1
+
+
+def test_the_same_entry_twice_is_fine_and_another_of_that_name_is_not(tmp_path):
+    make_voc(tmp_path)
+    entry = f"v=voc:{tmp_path}:train"
+    register_datasets([entry, entry])
+    with pytest.raises(DistillError, match="'v' exists already"):
+        register_datasets([entry + ":cell"])
+    with pytest.raises(DistillError, match="'coco_2017_val' exists already"):
+        register_datasets([f"coco_2017_val=voc:{tmp_path}:train"])
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ("v=voc:{root}", "not of the form"),
+        ("voc:{root}:train", "not of the form"),
+        ("v=yolo:{root}:train", "not of the form 'name=voc:"),
+        ("v=voc:{root}/no:train", "folder '.*/no' does not exist"),
+        ("v=voc:{root}/Annotations:train", "JPEGImages' does not exist, which PASCAL VOC's layout has"),
+        ("v=voc:{root}:val", "split '.*val.txt' does not exist; there are: empty, lost, train"),
+        ("v=voc:{root}:empty", "split '.*empty.txt' is empty"),
+        ("v=voc:{root}:lost", "annotation '.*99.xml' does not exist, but its split names it"),
+        ("v=voc:{root}:train:dog", "contain the classes cell, which are not among dog"),
+        ("v=coco:{root}/no.json:{root}", "file '.*no.json' does not exist"),
+        ("v=coco:{root}/none.json:{root}", "lists no image"),
+        ("v=coco:{root}/bad.json:{root}", "is not COCO JSON"),
+        ("v=coco:{root}/none.json:{root}/no", "folder of images '.*no' does not exist"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, entry, message):
+    make_voc(tmp_path)
+    (tmp_path / "ImageSets/Main/empty.txt").write_text("\n")
+    (tmp_path / "ImageSets/Main/lost.txt").write_text("99\n")
+    (tmp_path / "bad.json").write_text("{}")
+    write_coco(tmp_path, num_images=0)
+    (tmp_path / "coco.json").rename(tmp_path / "none.json")
+    with pytest.raises(DistillError, match=message):
+        register_datasets([entry.format(root=tmp_path)])
+
+
+@pytest.mark.parametrize("kind, key", [("faster_rcnn", "ROI_HEADS"), ("retinanet", "RETINANET"), ("fcos", "FCOS")])
+def test_another_number_of_classes_is_an_error_that_names_both_and_the_fix(kind, key):
+    cfg = detector_cfg(kind)
+    set_all(cfg, {"DATASETS.TRAIN": ["digit_scenes_train"], "DATASETS.TEST": []})
+    expected = rf"10 classes .*MODEL.{key}.NUM_CLASSES is {NUM_CLASSES}. Set MODEL.{key}.NUM_CLASSES 10"
+    with pytest.raises(DistillError, match=expected):
+        check_num_classes(cfg)
+    cfg.MODEL[key].NUM_CLASSES = 10
+    check_num_classes(cfg)
+
+
+def test_an_unknown_data_set_is_named():
+    cfg = detector_cfg("faster_rcnn")
+    set_all(cfg, {"DATASETS.TRAIN": ["nothing"]})
+    with pytest.raises(DistillError, match="Unknown data set 'nothing'"):
+        check_num_classes(cfg)
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    mapper = NamingDatasetMapper(detector_cfg("faster_rcnn"), is_train=True)
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no image")
+    with pytest.raises(DistillError, match="Cannot read the image '.*bad.jpg'"):
+        mapper({"file_name": str(tmp_path / "bad.jpg"), "annotations": []})

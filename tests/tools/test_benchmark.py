@@ -1,0 +1,25 @@
+"""The benchmark runs from a config alone and reports every part."""
+
+import json
+
+import pytest
+
+from tests.helpers import detector_cfg, distillation_cfg, run_script, write_teacher
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "fcos"])
+def test_reports_every_part(tmp_path, kind):
+    size = {"INPUT.MIN_SIZE_TRAIN": [64], "INPUT.MAX_SIZE_TRAIN": 96, "SOLVER.IMS_PER_BATCH": 2}
+    cfg = distillation_cfg(detector_cfg(kind, **size), write_teacher(tmp_path, detector_cfg(kind)))
+    (tmp_path / "teacher.pth").unlink()  # weights play no part in the time
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    output = tmp_path / "rows.json"
+    result = run_script(
+        "tools/benchmark.py", "--config-file", str(tmp_path / "cfg.yaml"), "--json", str(output), "--rounds", "2"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    content = json.loads(output.read_text())
+    parts = ["student's own step", "teacher's forward", "ReviewDistiller, forward and backward", "full step"]
+    assert [row["part"] for row in content["rows"]] == parts
+    assert all(row["min ms"] <= row["ms"] <= row["max ms"] and row["peak MiB"] > 0 for row in content["rows"])
+    assert f"full step / sum of its parts: {content['ratio']:.3f}" in result.stdout
