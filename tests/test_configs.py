@@ -1,0 +1,56 @@
+"""Every shipped config builds, and the distilled ones take a step on random images."""
+
+from pathlib import Path
+
+import pytest
+from detectron2.modeling import build_model
+
+from distill.config import load_config
+from distill.data import check_num_classes
+from distill.engine import Trainer
+from distill.modeling import distillation_model, teacher
+from tests.helpers import ROOT, random_batch
+
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_builds_and_takes_a_step(path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    # neither the model zoo nor ImageNet weights are to be had here: random ones, everything else as shipped
+    monkeypatch.setattr(teacher, "load_detector", lambda cfg, role: build_model(cfg))
+    opts = [
+        "MODEL.DEVICE",
+        "cpu",
+        "MODEL.TORCHVISION.WEIGHTS",
+        "",
+        "DISTILL.TEACHER.OPTS",
+        "['MODEL.TORCHVISION.WEIGHTS', '']",
+    ]
+    cfg = load_config(str(path), opts)
+    check_num_classes(cfg)
+    model = Trainer.build_model(cfg).train()
+    Trainer.build_optimizer(cfg, model)
+    losses = model(random_batch((64, 96), (64, 80)))
+    sum(losses.values()).backward()
+    distilled = isinstance(model, distillation_model.DistillationModel)
+    assert distilled == (path.parent.name == "review" or path.stem == "review")
+    assert ("loss_review" in losses) == distilled
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_the_published_settings_of_knowledge_review():
+    weights = {
+        "faster_rcnn_R18_R101": 1.2,
+        "faster_rcnn_R50_R101": 1.0,
+        "faster_rcnn_MobileNetV2_R50": 2.0,
+        "mask_rcnn_R18_R101": 1.5,
+        "mask_rcnn_R50_R101": 0.8,
+        "mask_rcnn_MobileNetV2_R50": 1.0,
+        "retinanet_R50_R101": 1.0,
+    }
+    for name, weight in weights.items():
+        cfg = load_config(str(ROOT / "configs" / "review" / f"{name}.yaml"))
+        assert weight == cfg.DISTILL.REVIEW.LOSS_WEIGHT and cfg.DISTILL.REVIEW.MID_CHANNELS == 256
+        assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.STEPS) == (180000, 8, (120000, 160000))
+        assert (0.005 if name.startswith("retinanet") else 0.01) == cfg.SOLVER.BASE_LR
