@@ -59,6 +59,9 @@ def setup(args: Namespace) -> CfgNode:
     on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
+    no_amp = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu"  # Detectron2 has it for CUDA only
+    if no_amp:
+        cfg.SOLVER.AMP.ENABLED = False
     register_datasets(cfg.DATASETS.REGISTER)
     check_num_classes(cfg)
     cfg.freeze()
@@ -66,6 +69,8 @@ def setup(args: Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     if on_cpu:
         logger.info("No CUDA GPU is available: running on the CPU.")
+    if no_amp:
+        logger.info("SOLVER.AMP.ENABLED needs CUDA: training in float32.")
     return cfg
 
 
