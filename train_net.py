@@ -7,10 +7,12 @@ python train_net.py --config-file CONFIG --eval-only --eval-teacher
 """
 
 import logging
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -18,7 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from distill.config import load_config, resolve_config_file, student_config
-from distill.data import check_num_classes, register_datasets
+from distill.data import check_datasets, register_datasets
 from distill.engine import Trainer, launch
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
@@ -47,11 +49,14 @@ def setup(args: Namespace) -> CfgNode:
     if not args.config_file:
         raise DistillError("--config-file is missing. Give a config file, such as configs/demo/review.yaml.")
     cfg = load_config(args.config_file, args.opts)
+    is_distilled = cfg.MODEL.META_ARCHITECTURE == "DistillationModel"
     if args.distill:
-        if cfg.MODEL.META_ARCHITECTURE != "DistillationModel":
+        if not is_distilled:
             cfg.DISTILL.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
             cfg.MODEL.META_ARCHITECTURE = "DistillationModel"
-        cfg.DISTILL.DISTILLERS = args.distill.split(",")
+        cfg.DISTILL.DISTILLERS = [name.strip() for name in args.distill.split(",")]
+    elif (args.teacher_config or args.teacher_weights) and not (is_distilled or args.eval_teacher):
+        raise DistillError(f"{args.config_file} is not distilled, so its teacher has no use: add --distill NAMES.")
     if args.teacher_config:
         cfg.DISTILL.TEACHER.CONFIG_FILE = args.teacher_config
     if args.teacher_weights:
@@ -63,7 +68,7 @@ def setup(args: Namespace) -> CfgNode:
     if no_amp:
         cfg.SOLVER.AMP.ENABLED = False
     register_datasets(cfg.DATASETS.REGISTER)
-    check_num_classes(cfg)
+    check_datasets(cfg)
     cfg.freeze()
     default_setup(cfg, Namespace(**{**vars(args), "config_file": resolve_config_file(args.config_file)[0]}))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
@@ -92,11 +97,15 @@ def main(args: Namespace) -> object:
     cfg = setup(args)
     if args.eval_teacher:
         own = teacher_config(cfg)
-        own.DATASETS, own.OUTPUT_DIR = cfg.DATASETS, cfg.OUTPUT_DIR
-        check_num_classes(own)
+        own.DATASETS, own.OUTPUT_DIR = cfg.DATASETS, os.path.join(cfg.OUTPUT_DIR, "teacher")
+        check_datasets(own)
         return evaluate(own, "teacher")
     if args.eval_only:
-        return evaluate(student_config(cfg), "model")
+        own = student_config(cfg)
+        last = DetectionCheckpointer(torch.nn.Identity(), cfg.OUTPUT_DIR)
+        if args.resume and last.has_checkpoint():
+            own.MODEL.WEIGHTS = last.get_checkpoint_file()
+        return evaluate(own, "model")
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
@@ -107,7 +116,8 @@ def run(args: Namespace) -> object:
     try:
         return main(args)
     except DistillError as error:
-        sys.exit(f"error: {error}")
+        # a data loader's worker process wraps the message in its own traceback
+        sys.exit(f"error: {str(error).rsplit('DistillError: ', 1)[-1].strip()}")
 
 
 if __name__ == "__main__":

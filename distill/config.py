@@ -12,6 +12,9 @@ from .errors import DistillError
 
 CN = CfgNode
 
+# what yacs and fvcore raise for a file or an override that they cannot merge
+_MERGE_ERRORS = (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError)
+
 
 def add_distill_config(cfg: CfgNode) -> None:
     """Adds the keys of this package to a Detectron2 config, in place.
@@ -139,17 +142,24 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
         ) from None
     except yaml.YAMLError as error:
         raise DistillError(f"Config {path} is not valid YAML: {error}") from None
-    except (KeyError, ValueError, AssertionError) as error:
+    except _MERGE_ERRORS as error:
         raise _explain(error, cfg, f"config {path}") from None
     try:
         cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, AssertionError) as error:
+    except _MERGE_ERRORS as error:
         raise _explain(error, cfg, "the overrides (KEY VALUE ...)") from None
     return cfg
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """The config of the student alone: a copy in which MODEL.META_ARCHITECTURE is the student's own."""
+    """The config of the student alone.
+
+    Args:
+        cfg: a full config; one without distillation is the student's already.
+
+    Returns:
+        A copy, not frozen, in which MODEL.META_ARCHITECTURE is the student's own.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.MODEL.META_ARCHITECTURE == "DistillationModel":
@@ -163,6 +173,12 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     The keys of this package are dropped, but for those that the student itself is built from: MODEL.FCOS for an
     FCOS student, MODEL.TORCHVISION for a torchvision backbone. To read such a config, call
     ``add_distill_config`` first.
+
+    Args:
+        cfg: a full config.
+
+    Returns:
+        A copy, not frozen.
     """
     cfg = student_config(cfg)
     del cfg["DISTILL"], cfg.DATASETS["REGISTER"], cfg.SOLVER["OPTIMIZER"]
@@ -182,7 +198,7 @@ def _all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 
 def _explain(error: Exception, cfg: CfgNode, where: str) -> DistillError:
     """Turns what yacs raises while merging into one helpful error."""
-    message = str(error.args[0]) if error.args else str(error)
+    message = str(error.args[0]) if error.args and not isinstance(error, OSError) else str(error)
     for start in ("Non-existent config key: ", "Non-existent key: "):
         if message.startswith(start):
             key = message.removeprefix(start).strip()

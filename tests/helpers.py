@@ -132,7 +132,7 @@ def run_script(*args: str, cwd: Path = ROOT, timeout: int = 300, **env: str) -> 
     return subprocess.run(
         [sys.executable, *args],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **env},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -33,6 +33,7 @@ def test_a_users_python_tag_is_refused_and_not_run(tmp_path):
         ("SOLVER: {BASE_LRR: 1.0}", "Unknown key 'SOLVER.BASE_LRR' .*'SOLVER.BASE_LR'"),
         ("SOLVER: {MAX_ITER: many}", "MAX_ITER"),
         ("SOLVER: [", "not valid YAML"),
+        ("_BASE_: nope.yaml", "Cannot use config .*nope.yaml"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path, text, message):
@@ -46,11 +47,18 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         (["SOLVER.MAXITER", "3"], "'SOLVER.MAXITER' in the overrides.*'SOLVER.MAX_ITER'"),
         (["SOLVER.MAX_ITER"], "odd length"),
         (["SOLVER.MAX_ITER", "x"], "MAX_ITER"),
+        (["SOLVER.BASE_LR.X", "3"], "Cannot use the overrides"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(opts, message):
     with pytest.raises(DistillError, match=message):
         load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", opts)
+
+
+def test_a_file_that_holds_no_mapping(tmp_path):
+    for text in ("", "- 1\n"):
+        with pytest.raises(DistillError, match="Cannot use config"):
+            load_config(write(tmp_path / "c.yaml", text))
 
 
 def test_a_missing_file_is_named():

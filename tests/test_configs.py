@@ -6,7 +6,7 @@ import pytest
 from detectron2.modeling import build_model
 
 from distill.config import load_config
-from distill.data import check_num_classes
+from distill.data import check_datasets
 from distill.engine import Trainer
 from distill.modeling import distillation_model, teacher
 from tests.helpers import ROOT, random_batch
@@ -28,7 +28,7 @@ def test_builds_and_takes_a_step(path: Path, monkeypatch):
         "['MODEL.TORCHVISION.WEIGHTS', '']",
     ]
     cfg = load_config(str(path), opts)
-    check_num_classes(cfg)
+    check_datasets(cfg)
     model = Trainer.build_model(cfg).train()
     Trainer.build_optimizer(cfg, model)
     losses = model(random_batch((64, 96), (64, 80)))

@@ -9,6 +9,7 @@ round after round, so that a machine whose speed drifts slows all of them alike.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import re
@@ -37,8 +38,16 @@ from distill.modeling.teacher import teacher_config
 logger = logging.getLogger("detectron2.benchmark")
 
 
-def random_batch(cfg: CfgNode, num_classes: int, boxes_per_image: int = 8) -> list[dict]:
-    """Random images with random boxes and masks, in Detectron2's format."""
+def random_batch(cfg: CfgNode, boxes_per_image: int = 8) -> list[dict]:
+    """Random images with random boxes and masks of the first class.
+
+    Args:
+        cfg: the full config, for the size and the number of the images.
+        boxes_per_image: how many.
+
+    Returns:
+        A batch in Detectron2's format.
+    """
     generator = torch.Generator().manual_seed(0)
     height, width = cfg.INPUT.MIN_SIZE_TRAIN[-1], cfg.INPUT.MAX_SIZE_TRAIN
     batch = []
@@ -50,7 +59,7 @@ def random_batch(cfg: CfgNode, num_classes: int, boxes_per_image: int = 8) -> li
         for mask, (x0, y0, x1, y1) in zip(masks, boxes.long().tolist()):
             mask[y0:y1, x0:x1] = True
         instances = Instances((height, width), gt_boxes=Boxes(boxes), gt_masks=BitMasks(masks))
-        instances.gt_classes = torch.randint(num_classes, (boxes_per_image,), generator=generator)
+        instances.gt_classes = torch.zeros(boxes_per_image, dtype=torch.int64)
         image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch
@@ -66,7 +75,8 @@ class PeakMemory:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            with contextlib.suppress(OSError):  # some containers forbid it: the peak is then the process's own
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
     def read(self) -> float:
         if self.cuda:
@@ -78,23 +88,31 @@ class PeakMemory:
 def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     """The parts of a step, and the whole, as functions to time."""
     cfg.SOLVER.BASE_LR = 0.0  # random weights on random images would diverge
+    teacher_cfg = teacher_config(cfg)
+    cfg.MODEL.TORCHVISION.WEIGHTS = teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""
     student = build_model(student_config(cfg))
-    teacher = Teacher(build_model(teacher_config(cfg)), flip_channels=False)
+    teacher = Teacher(build_model(teacher_cfg))
     distillers = build_distillers(cfg, student.backbone.output_shape(), teacher.output_shape)
     model = DistillationModel(student=student, teacher=teacher, distillers=distillers).train()
-    batch = random_batch(cfg, num_classes=2)
+    batch = random_batch(cfg)
     own_optimizer, optimizer = Trainer.build_optimizer(cfg, student), Trainer.build_optimizer(cfg, model)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cuda", enabled=cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE != "cpu")
 
     def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
-        sum(module(batch).values()).backward()
+        with autocast():
+            loss = sum(module(batch).values())
+        loss.backward()
         optimizer.step()
+        if module is student:
+            model._tap.take()  # the tap holds the step's features
 
-    model(batch)  # once, so that there are features to give to the distillers alone
-    images, features = teacher._features(batch)
-    record = {k: v.detach() for k, v in features.items()}
-    with torch.no_grad():
-        own = {k: v.detach() for k, v in student.backbone(student.preprocess_image(batch).tensor).items()}
+    with autocast(), torch.no_grad():
+        view = teacher.view(batch)
+        images, record = view.images, view.features
+        own = student.backbone(student.preprocess_image(batch).tensor)
 
     def distil(distiller: nn.Module) -> None:
         leaves = {k: v.clone().requires_grad_() for k, v in own.items()}
@@ -102,11 +120,17 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
             DetectorView(student, batch, lambda: (images, leaves), frozen=False),
             DetectorView(teacher.model, batch, lambda: (images, record), frozen=True),
         )
-        sum(distiller(*views).values()).backward()
+        with autocast():
+            loss = sum(distiller(*views).values())
+        loss.backward()
+
+    def teach() -> None:
+        with autocast():
+            teacher.view(batch).features  # noqa: B018  computed when it is asked for
 
     parts = {
         "student's own step": lambda: step(student, own_optimizer),
-        "teacher's forward": lambda: teacher.view(batch).features,
+        "teacher's forward": teach,
     }
     for name, distiller in distillers.items():
         parts[f"{name}, forward and backward"] = lambda distiller=distiller: distil(distiller)

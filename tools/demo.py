@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
@@ -22,10 +23,12 @@ import matplotlib.pyplot as plt
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
+from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-import distill.data  # noqa: F401  registers digit_scenes
 from distill.config import load_config, student_config
+from distill.data.digit_scenes import prepare_digit_scenes
+from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +38,14 @@ NUM_TIMED = 20
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """What Detectron2 has written to metrics.json so far, a dict for each record."""
+    """What Detectron2 has written to metrics.json so far.
+
+    Args:
+        folder: a run's OUTPUT_DIR.
+
+    Returns:
+        A dict for each record, oldest first.
+    """
     path = folder / "metrics.json"
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
@@ -43,9 +53,17 @@ def read_metrics(folder: Path) -> list[dict]:
 def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> None:
     """Trains one model in a process of its own, showing its progress; returns at once if it is finished.
 
-    Exits with a message if the training fails.
+    Args:
+        name: what to call it.
+        config: its config file.
+        folder: its OUTPUT_DIR.
+        overrides: ``[KEY, VALUE, ...]``.
+
+    Raises:
+        SystemExit: the training failed; the end of its log is shown.
     """
-    if (folder / "model_final.pth").exists():
+    finished = folder / "finished"  # model_final.pth is there before its evaluation is
+    if finished.exists():
         print(f"{name}: finished already ({folder})")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +88,7 @@ def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> N
             steps = [record for record in read_metrics(folder) if "eta_seconds" in record]
             if steps and steps[-1]["iteration"] != shown:
                 shown = steps[-1]["iteration"]
-                left = time.strftime("%M:%S", time.gmtime(steps[-1]["eta_seconds"]))
+                left = timedelta(seconds=int(steps[-1]["eta_seconds"]))
                 print(f"{name}: step {shown + 1}, loss {steps[-1]['total_loss']:.2f}, {left} left", flush=True)
     finally:
         if process.poll() is None:
@@ -79,12 +97,21 @@ def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> N
     if process.returncode:
         tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
         sys.exit(
-            f"{tail}\nerror: training the {name} failed, see {log}. The same command goes on from the last checkpoint."
+            f"{tail}\nerror: training the {name} failed, see {log}. Run it again to go on from the last checkpoint."
         )
+    finished.touch()
 
 
 def time_inference(models: dict[str, torch.nn.Module], inputs: list[dict]) -> dict[str, float]:
-    """Median ms per image of each model, one image at a time, the models taking turns."""
+    """Times the models in turns, one image at a time.
+
+    Args:
+        models: detectors by name.
+        inputs: images in Detectron2's format; the first three warm up.
+
+    Returns:
+        Median ms per image by name.
+    """
     times: dict[str, list[float]] = {name: [] for name in models}
     for index, image in enumerate(inputs):
         for name, model in models.items():
@@ -100,7 +127,14 @@ def time_inference(models: dict[str, torch.nn.Module], inputs: list[dict]) -> di
 
 
 def draw(records: list[dict], detections: dict[str, list], class_names: list[str], path: Path) -> None:
-    """Draws images in rows: ground truth, and the detections of each model above MIN_SCORE."""
+    """Draws images in rows: ground truth, and the detections of each model above MIN_SCORE.
+
+    Args:
+        records: the images, in Detectron2's data set format.
+        detections: for each model a list of ``Instances``, one per image.
+        class_names: names of the classes.
+        path: the PNG to write.
+    """
     columns = ["ground truth", *detections]
     figure, axes = plt.subplots(len(records), len(columns), figsize=(2.4 * len(columns), 2.4 * len(records)))
     for row, record in enumerate(records):
@@ -143,6 +177,8 @@ def main() -> None:
     args = parser.parse_args()
     output = args.output.resolve()
 
+    setup_logger(name="distill")
+    prepare_digit_scenes()
     weights = ["DISTILL.TEACHER.WEIGHTS", str(output / "teacher" / "model_final.pth")]
     for name, stage in STAGES.items():
         extra = args.opts + (weights if stage == "review" else [])
@@ -172,4 +208,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DistillError as error:
+        sys.exit(f"error: {error} To train that stage again, remove its folder.")

@@ -15,8 +15,10 @@ fail() {
 [ "$(uname)" = Linux ] || fail "only Linux is supported, and this is $(uname)."
 if [ ! -x "$venv/bin/python" ]; then
     echo "Creating $venv"
-    "$python" -m venv "$venv" ||
+    "$python" -m venv "$venv" || {
+        rm -rf "$venv"
         fail "'$python -m venv' failed: see above. On Debian and Ubuntu it needs: apt-get install python3-venv"
+    }
 fi
 
 install() {

@@ -1,9 +1,9 @@
 """Data sets: ``digit_scenes``, which needs no download, and the user's own by config."""
 
 from .digit_scenes import register_digit_scenes
-from .mapper import NamingDatasetMapper
-from .register import check_num_classes, register_datasets
+from .mapper import CheckedDatasetMapper
+from .register import check_datasets, register_datasets
 
 register_digit_scenes()
 
-__all__ = ["NamingDatasetMapper", "check_num_classes", "register_datasets", "register_digit_scenes"]
+__all__ = ["CheckedDatasetMapper", "check_datasets", "register_datasets", "register_digit_scenes"]

@@ -12,6 +12,8 @@ from detectron2.data.datasets import register_coco_instances, register_pascal_vo
 from ..errors import DistillError
 
 _FORMS = "'name=voc:ROOT:SPLIT[:class,class,...]' or 'name=coco:JSON:IMAGE_ROOT'"
+_NUM_FIELDS = {"voc": (2, 3), "coco": (2,)}
+_VOC_TAGS = ("name", "pose", "truncated", "difficult", *(f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")))
 _registered: dict[str, str] = {}  # name -> entry; a second registration of the same is fine
 
 
@@ -39,23 +41,22 @@ def register_datasets(entries: Sequence[str]) -> None:
         _registered[name] = entry
 
 
-_NUM_FIELDS = {"voc": (2, 3), "coco": (2,)}
-
-
-def check_num_classes(cfg: CfgNode) -> None:
-    """Compares the number of classes of the student with that of every data set it is trained and tested on.
+def check_datasets(cfg: CfgNode) -> None:
+    """Checks the data sets that a config trains and tests on, before anything is loaded.
 
     Args:
         cfg: the full config; its data sets are registered.
 
     Raises:
-        DistillError: no such data set, or the numbers differ.
+        DistillError: there is no such data set, its classes are not those of the others or not as many as the
+            student's, or there is no evaluator for it.
     """
     arch = cfg.MODEL.META_ARCHITECTURE
     if arch == "DistillationModel":
         arch = cfg.DISTILL.STUDENT.META_ARCHITECTURE
     node = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(arch)
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    for name in names:
         if name not in DatasetCatalog.list():
             raise DistillError(
                 f"Unknown data set {name!r} in DATASETS. Register it in DATASETS.REGISTER as {_FORMS}, or use one that "
@@ -67,6 +68,18 @@ def check_num_classes(cfg: CfgNode) -> None:
                 f"The data set {name} has {len(classes)} classes ({', '.join(classes[:10])}"
                 f"{', ...' if len(classes) > 10 else ''}), but MODEL.{node}.NUM_CLASSES is "
                 f"{cfg.MODEL[node].NUM_CLASSES}. Set MODEL.{node}.NUM_CLASSES {len(classes)}."
+            )
+        others = MetadataCatalog.get(names[0]).get("thing_classes")
+        if classes and others and list(classes) != list(others):
+            raise DistillError(
+                f"The data sets {names[0]} and {name} have different classes: {', '.join(others[:10])} and "
+                f"{', '.join(classes[:10])}. Give both the same, in one order: name=voc:ROOT:SPLIT:class,class,..."
+            )
+    for name in cfg.DATASETS.TEST:
+        kind = MetadataCatalog.get(name).get("evaluator_type")
+        if kind not in ("coco", "pascal_voc"):
+            raise DistillError(
+                f"The data set {name} has the evaluator_type {kind!r}: expected 'coco' or 'pascal_voc' in its metadata."
             )
 
 
@@ -86,7 +99,13 @@ def _register_voc(name: str, root: str, split: str, classes: str = "") -> None:
     with open(list_file) as f:
         ids = f.read().split()
     _require(bool(ids), name, "split", list_file, "is empty: expected the name of an image on each line")
-    found = _voc_classes(name, root, ids)
+    _require(len(ids) > 1, name, "split", list_file, "names one image; Detectron2 v0.6 reads two or more")
+    for image_id in ids:
+        image = os.path.join(root, "JPEGImages", f"{image_id}.jpg")
+        _require(os.path.isfile(image), name, "image", image, "does not exist, but its split names it")
+        annotation = os.path.join(root, "Annotations", f"{image_id}.xml")
+        _require(os.path.isfile(annotation), name, "annotation", annotation, "does not exist, but its split names it")
+    found = _voc_classes(name, root)  # of all splits, so that train and test agree
     class_names = classes.split(",") if classes else found
     others = [found_name for found_name in found if found_name not in class_names]
     if others:
@@ -100,16 +119,21 @@ def _register_voc(name: str, root: str, split: str, classes: str = "") -> None:
     MetadataCatalog.get(name).evaluator_type = "pascal_voc"
 
 
-def _voc_classes(name: str, root: str, ids: Sequence[str]) -> list[str]:
+def _voc_classes(name: str, root: str) -> list[str]:
+    """The classes in all annotations of a folder; each must have what Detectron2's loader and evaluator read."""
     classes = set()
-    for image_id in ids:
-        path = os.path.join(root, "Annotations", f"{image_id}.xml")
-        _require(os.path.isfile(path), name, "annotation", path, "does not exist, but its split names it")
+    for file in sorted(os.listdir(os.path.join(root, "Annotations"))):
+        if not file.endswith(".xml"):
+            continue
+        path = os.path.join(root, "Annotations", file)
         try:
-            classes.update(node.findtext("name") for node in ElementTree.parse(path).iter("object"))
+            for node in ElementTree.parse(path).iter("object"):
+                lacking = [tag for tag in _VOC_TAGS if not node.findtext(tag)]
+                _require(not lacking, name, "annotation", path, f"has an object without {', '.join(lacking)}")
+                classes.add(node.findtext("name"))
         except ElementTree.ParseError as error:
             raise DistillError(f"DATASETS.REGISTER, {name}: the annotation {path!r} is not XML: {error}.") from error
-    _require(bool(classes), name, "folder", root, "has no annotated object in this split")
+    _require(bool(classes), name, "folder", root, "has no annotated object")
     return sorted(classes)
 
 
@@ -120,11 +144,12 @@ def _register_coco(name: str, json_file: str, image_root: str) -> None:
         with open(json_file) as f:
             content = json.load(f)
         categories = sorted(content["categories"], key=lambda category: category["id"])
-        num_images = len(content["images"])
+        num_images, num_annotations = len(content["images"]), len(content["annotations"])
     except (ValueError, KeyError, TypeError) as error:
         raise DistillError(
             f"DATASETS.REGISTER, {name}: {json_file!r} is not COCO JSON (images, annotations, categories): {error!r}."
         ) from error
     _require(num_images > 0, name, "file", json_file, "lists no image")
+    _require(num_annotations > 0, name, "file", json_file, "has no annotation: nothing to learn, nothing to evaluate")
     register_coco_instances(name, {}, json_file, image_root)
     MetadataCatalog.get(name).thing_classes = [category["name"] for category in categories]

@@ -22,7 +22,8 @@ def check_distillers(cfg: CfgNode) -> None:
     """Imports what ``DISTILL.IMPORTS`` names and checks that ``DISTILL.DISTILLERS`` can be built.
 
     Raises:
-        DistillError: a module cannot be imported, no distiller is named, one is unknown or named twice.
+        DistillError: a module cannot be imported, neither a distiller nor a part to inherit is named, a distiller is
+            unknown or named twice.
     """
     for module in cfg.DISTILL.IMPORTS:
         try:
@@ -34,8 +35,11 @@ def check_distillers(cfg: CfgNode) -> None:
             ) from error
     names = list(cfg.DISTILL.DISTILLERS)
     known = ", ".join(sorted(name for name, _ in DISTILLER_REGISTRY))
-    if not names:
-        raise DistillError(f"DISTILL.DISTILLERS is empty. Name at least one of the registered distillers: {known}.")
+    if not names and not cfg.DISTILL.STUDENT.INHERIT:
+        raise DistillError(
+            "DISTILL.DISTILLERS and DISTILL.STUDENT.INHERIT are both empty, so the teacher would teach nothing. Name "
+            f"at least one of the registered distillers: {known}."
+        )
     for name in names:
         if name not in DISTILLER_REGISTRY:
             raise DistillError(

@@ -53,8 +53,8 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> None:
             dist_url=args.dist_url,
             args=(args,),
         )
-    except mp.ProcessExitedException as error:  # the process itself has said what was wrong
-        sys.exit(f"error: a process of this run failed: {error}")
+    except mp.ProcessExitedException as error:
+        sys.exit(f"error: {error}: see its message above.")
 
 
 def _start_torchrun(processes: int, args: Namespace) -> None:
@@ -69,16 +69,20 @@ def _start_torchrun(processes: int, args: Namespace) -> None:
         command += ["--master-addr", str(address.hostname), "--master-port", str(address.port)]
     try:
         torchrun([*command, *sys.argv])
-    except ChildFailedError as error:  # the process itself has said what was wrong
-        sys.exit(f"error: a process of this run failed: {error.get_first_failure()[1].message}")
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        sys.exit(f"error: process {rank} of this run failed with exit code {failure.exitcode}: see its message above.")
 
 
 def _join_torchrun() -> None:
     """Joins the process group that torchrun's environment variables describe."""
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+        backend = "cpu:gloo,cuda:nccl"  # MODEL.DEVICE may be the CPU all the same
+        if local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank)
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(local_size)
     else:  # Detectron2 v0.6, whose own launcher sets this very variable

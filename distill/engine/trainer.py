@@ -8,7 +8,7 @@ from unittest import mock
 import detectron2.engine.defaults
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..data import NamingDatasetMapper
+from ..data import CheckedDatasetMapper
 from ..errors import DistillError
 from ..modeling import DistillationModel
+from ..modeling.checkpoint import describe_weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Trainer(DefaultTrainer):
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
             logger.info(
                 f"Model: {type(model).__name__}, {parameters:.1f} M parameters, "
-                f"from {cfg.MODEL.WEIGHTS or 'random weights'}, no distillation"
+                f"from {describe_weights(cfg)}, no distillation"
             )
         return model
 
@@ -80,7 +81,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's train loader, whose errors name the image."""
-        return build_detection_train_loader(cfg, mapper=NamingDatasetMapper(cfg, is_train=True))
+        return build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's test loader, whose errors name the image."""
+        mapper = CheckedDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -118,10 +125,11 @@ class Trainer(DefaultTrainer):
         path = self.checkpointer.get_checkpoint_file() if resumes else self.cfg.MODEL.WEIGHTS
         try:
             super().resume_or_load(resume)
-        except (OSError, RuntimeError, AssertionError, EOFError) as error:
+        except Exception as error:  # a missing or damaged file, another optimizer, other distillers
+            hint = "to start anew, or with another optimizer or other distillers, leave --resume out"
             raise DistillError(
-                f"Cannot load {path!r} into the model: {error}. Check that the file exists and is complete"
-                f"{'; to start anew, leave --resume out' if resumes else ' (MODEL.WEIGHTS)'}."
+                f"Cannot load {path!r} into the model: {error}. Check that the file exists and is complete; "
+                f"{hint if resumes else 'MODEL.WEIGHTS names it'}."
             ) from error
         model = self._unwrapped_model()
         if not resumes and isinstance(model, DistillationModel):

@@ -1,6 +1,5 @@
 """Loading weights, with errors that say what is wrong with the file."""
 
-import pickle
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -13,6 +12,8 @@ from ..errors import DistillError
 
 # Batch norm's step counter is bookkeeping: old checkpoints lack it and nothing is computed from it.
 _COUNTER = ".num_batches_tracked"
+# A distilled checkpoint holds the distillers' weights, too, which a detector alone has no use for.
+_DISTILLERS = "distillers."
 
 
 class StrictCheckpointer(DetectionCheckpointer):
@@ -21,19 +22,24 @@ class StrictCheckpointer(DetectionCheckpointer):
     Args:
         model: the model to fill.
         role: what the model is, for the messages, such as "teacher".
-        ignore: prefix of keys that the model may lack without a warning.
     """
 
-    def __init__(self, model: nn.Module, role: str, ignore: str = "distillers.") -> None:
+    def __init__(self, model: nn.Module, role: str) -> None:
         super().__init__(model, save_to_disk=False)
         self.role = role
-        self.ignore = ignore
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
-        """Loads the file at ``path`` (a local path or a URL).
+        """Loads a checkpoint.
+
+        Args:
+            path: a file or a URL.
+
+        Returns:
+            What the checkpoint holds beside the model.
 
         Raises:
-            DistillError: there is no such file, it cannot be read, or it leaves some weight unset.
+            DistillError: there is no such file, it cannot be read, it leaves some weight unset, or it is of a deeper
+                backbone.
         """
         self._source = path
         try:
@@ -52,7 +58,7 @@ class StrictCheckpointer(DetectionCheckpointer):
             # torch.load defaults to weights_only=True: nothing in a .pth is executed. The .pkl files are Detectron2's
             # own model zoo.
             loaded = super()._load_file(filename)
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # damaged bytes make torch and pickle raise almost anything
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise DistillError(
                 f"The {self.role}'s weights {self._source!r} are not a readable checkpoint: {reason} Is the file "
@@ -64,23 +70,34 @@ class StrictCheckpointer(DetectionCheckpointer):
                 "({'model': {name: tensor}})."
             )
         state = loaded["model"]
-        for key in [key for key in state if key.startswith(self.ignore)]:
+        for key in [key for key in state if key.startswith(_DISTILLERS)]:
             del state[key]
         return loaded
 
+    def _load_model(self, checkpoint: dict) -> Any:
+        by_name = not checkpoint.get("matching_heuristics", False)
+        given = {key.removeprefix("module.") for key in checkpoint["model"]}
+        incompatible = super()._load_model(checkpoint)
+        if by_name:  # FrozenBN does not report buffers that it fills in by itself
+            absent = self.model.state_dict().keys() - given
+            incompatible.missing_keys[:] = sorted(absent | set(incompatible.missing_keys))
+        return incompatible
+
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        missing = sorted(key for key in incompatible.missing_keys if not key.endswith(_COUNTER))
         shapes = incompatible.incorrect_shapes
         # a weight of another shape is not loaded, so it is among the missing ones, too
-        missing = [key for key in missing if key not in {name for name, _, _ in shapes}]
-        if missing or shapes:
-            examples = [f"{name} is {have}, not {want}" for name, have, want in shapes] + [
-                f"{name} is missing" for name in missing
-            ]
+        misshapen = {name for name, _, _ in shapes}
+        missing = [k for k in incompatible.missing_keys if not k.endswith(_COUNTER) and k not in misshapen]
+        # heads that the model does not have (a mask head, say) may be left over, parts of a backbone may not
+        deeper = [k for k in incompatible.unexpected_keys if k.startswith("backbone.") and not k.endswith(_COUNTER)]
+        if missing or shapes or deeper:
+            examples = [f"{name} is {have}, not {want}" for name, have, want in shapes]
+            examples += [f"{name} is missing" for name in missing] + [f"{name} is left over" for name in deeper]
             raise DistillError(
                 f"The {self.role} would not be fully loaded from {self._source!r}: of its "
                 f"{len(self.model.state_dict())} weights, {len(missing)} are missing and {len(shapes)} have another "
-                f"shape. The first: {'; '.join(examples[:5])}. Are these the weights of this very architecture?"
+                f"shape; {len(deeper)} of the file's backbone are left over. The first: {'; '.join(examples[:5])}. Are "
+                "these the weights of this very architecture?"
             )
         super()._log_incompatible_keys(incompatible)
 
@@ -92,6 +109,9 @@ def load_detector(cfg: CfgNode, role: str) -> nn.Module:
         cfg: the detector's own config, without distillation.
         role: what it is, for the messages, such as "teacher".
 
+    Returns:
+        The detector, on MODEL.DEVICE, in training mode.
+
     Raises:
         DistillError: the weights cannot be read, or leave some of the detector unset.
     """
@@ -102,3 +122,19 @@ def load_detector(cfg: CfgNode, role: str) -> nn.Module:
     model = build_model(cfg)
     StrictCheckpointer(model, role).load(cfg.MODEL.WEIGHTS)
     return model
+
+
+def describe_weights(cfg: CfgNode) -> str:
+    """Says where a detector's weights come from, for the log.
+
+    Args:
+        cfg: the detector's config.
+
+    Returns:
+        A file, the name of torchvision's weights, or "random weights".
+    """
+    if cfg.MODEL.WEIGHTS:
+        return cfg.MODEL.WEIGHTS
+    if cfg.MODEL.BACKBONE.NAME == "build_torchvision_fpn_backbone" and cfg.MODEL.TORCHVISION.WEIGHTS:
+        return f"torchvision's {cfg.MODEL.TORCHVISION.WEIGHTS}"
+    return "random weights"

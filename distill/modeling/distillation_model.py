@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import student_config
 from ..distillers.build import build_distillers, check_distillers
 from ..errors import DistillError
+from .checkpoint import describe_weights
 from .inherit import inheritable_weights
 from .teacher import Teacher, build_teacher, check_detector
 from .views import DetectorView, FeatureTap
@@ -65,13 +66,13 @@ class DistillationModel(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         check_distillers(cfg)
         student = build_model(student_config(cfg))
-        with torch.random.fork_rng():  # as in build_teacher: the student's random numbers are those of plain training
+        with torch.random.fork_rng(devices=[]):  # so that the student's training draws what it draws without a teacher
             teacher = build_teacher(cfg)
             distillers = build_distillers(cfg, student.backbone.output_shape(), teacher.output_shape)
         parameters = sum(p.numel() for p in student.parameters()) / 1e6
         logger.info(
             f"Student: {type(student).__name__}, {parameters:.1f} M parameters, "
-            f"from {cfg.MODEL.WEIGHTS or 'random weights'}, inheriting {cfg.DISTILL.STUDENT.INHERIT or 'nothing'}"
+            f"from {describe_weights(cfg)}, inheriting {cfg.DISTILL.STUDENT.INHERIT or 'nothing'}"
         )
         rows = [(name, d.loss_weight, sum(p.numel() for p in d.parameters()) / 1e6) for name, d in distillers.items()]
         logger.info("Distillers:\n" + tabulate(rows, ["distiller", "loss weight", "parameters (M)"], "pipe"))

@@ -1,8 +1,8 @@
 """The teacher: frozen, fully loaded, and no part of the model that is trained."""
 
+import contextlib
 import logging
 
-import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -36,7 +36,14 @@ class Teacher:
         return self.model.backbone.output_shape()
 
     def view(self, batched_inputs: list[dict]) -> DetectorView:
-        """What a distiller sees of the teacher on a batch: nothing is run until it is asked for."""
+        """What a distiller sees of the teacher on a batch: nothing is run until it is asked for.
+
+        Args:
+            batched_inputs: the batch that the student gets, in Detectron2's format.
+
+        Returns:
+            The view, all of whose tensors come without gradient.
+        """
         return DetectorView(self.model, batched_inputs, lambda: self._features(batched_inputs), frozen=True)
 
     def _features(self, batched_inputs: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -47,9 +54,14 @@ class Teacher:
 
 
 def check_detector(model: nn.Module, role: str) -> None:
-    """
+    """Checks that views can be made of a model.
+
+    Args:
+        model: the student or the teacher.
+        role: which of them, for the message.
+
     Raises:
-        DistillError: ``model`` is not what views can be made of.
+        DistillError: it lacks what a view needs.
     """
     lacking = [name for name in ("backbone", "preprocess_image", "device") if not hasattr(model, name)]
     if lacking:
@@ -67,6 +79,9 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     Args:
         cfg: the full config, of which DISTILL.TEACHER and MODEL.DEVICE are used.
 
+    Returns:
+        A config without distillation, not frozen.
+
     Raises:
         DistillError: no config or no weights are named, or the config cannot be read.
     """
@@ -80,7 +95,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     if node.WEIGHTS:
         teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
     elif resolve_config_file(node.CONFIG_FILE)[1]:
-        teacher_cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
+        with contextlib.suppress(RuntimeError):  # a config that the zoo has no weights for
+            teacher_cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
     if not teacher_cfg.MODEL.WEIGHTS:
         raise DistillError(
             f"DISTILL.TEACHER.WEIGHTS is empty, and {node.CONFIG_FILE} names no weights itself. Give the checkpoint of "
@@ -96,17 +112,23 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     Args:
         cfg: the full config.
 
+    Returns:
+        The teacher, on MODEL.DEVICE.
+
     Raises:
-        DistillError: see :func:`teacher_config`; or some weight would stay random.
+        DistillError: see :func:`teacher_config`; some weight would stay random; or the channel orders cannot be
+            reconciled.
     """
     teacher_cfg = teacher_config(cfg)
-    # Random numbers drawn for weights that are overwritten at once must not shift those of the student's training:
-    # the same seed gives the same data order with and without distillation.
-    with torch.random.fork_rng():
-        model = load_detector(teacher_cfg, "teacher")
+    model = load_detector(teacher_cfg, "teacher")
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info(
         f"Teacher: {teacher_cfg.MODEL.META_ARCHITECTURE}, {parameters:.1f} M parameters, "
         f"from {teacher_cfg.MODEL.WEIGHTS} ({cfg.DISTILL.TEACHER.CONFIG_FILE})"
     )
-    return Teacher(model, flip_channels=cfg.INPUT.FORMAT != teacher_cfg.INPUT.FORMAT)
+    formats = cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT
+    if formats[0] != formats[1] and set(formats) != {"RGB", "BGR"}:
+        raise DistillError(
+            f"The student's INPUT.FORMAT is {formats[0]}, the teacher's {formats[1]}: only RGB and BGR can differ."
+        )
+    return Teacher(model, flip_channels=formats[0] != formats[1])

@@ -5,7 +5,7 @@ import json
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from distill.data import NamingDatasetMapper, check_num_classes, register_datasets
+from distill.data import CheckedDatasetMapper, check_datasets, register_datasets
 from distill.errors import DistillError
 from tests.helpers import NUM_CLASSES, detector_cfg, set_all
 from tests.test_train_net import make_voc
@@ -28,7 +28,7 @@ def write_coco(folder, num_images=1):
     content = {
         "images": [{"id": i + 1, "file_name": "a.jpg", "width": 8, "height": 8} for i in range(num_images)],
         "categories": [{"id": 9, "name": "zebra"}, {"id": 4, "name": "apple"}],
-        "annotations": [],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 4, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}],
     }
     (folder / "coco.json").write_text(json.dumps(content))
     return f"{folder}/coco.json"
@@ -57,6 +57,48 @@ def test_coco_classes_are_sorted_by_id(tmp_path):
     assert MetadataCatalog.get("c").evaluator_type == "coco" and len(DatasetCatalog.get("c")) == 1
 
 
+def test_classes_are_those_of_all_splits(tmp_path):
+    make_voc(tmp_path, num_images=4)
+    xml = tmp_path / "Annotations" / "0.xml"
+    xml.write_text(xml.read_text().replace("cell", "atom"))
+    (tmp_path / "ImageSets/Main/test.txt").write_text("2\n3\n")
+    register_datasets([f"a=voc:{tmp_path}:train", f"b=voc:{tmp_path}:test"])
+    assert MetadataCatalog.get("a").thing_classes == MetadataCatalog.get("b").thing_classes == ["atom", "cell"]
+
+
+def test_train_and_test_of_different_classes_are_refused(tmp_path):
+    make_voc(tmp_path / "a")
+    make_voc(tmp_path / "b")
+    register_datasets([f"a=voc:{tmp_path}/a:train", f"b=voc:{tmp_path}/b:train:cell"])
+    cfg = detector_cfg("faster_rcnn")
+    set_all(cfg, {"DATASETS.TRAIN": ["a"], "DATASETS.TEST": ["b"], "MODEL.ROI_HEADS.NUM_CLASSES": 1})
+    check_datasets(cfg)
+    MetadataCatalog.remove("b")
+    MetadataCatalog.get("b").set(thing_classes=["dog"], evaluator_type="pascal_voc")
+    with pytest.raises(DistillError, match="a and b have different classes: cell and dog"):
+        check_datasets(cfg)
+
+
+def test_a_test_set_without_an_evaluator_is_refused(tmp_path):
+    make_voc(tmp_path)
+    register_datasets([f"a=voc:{tmp_path}:train"])
+    MetadataCatalog.remove("a")
+    MetadataCatalog.get("a").set(thing_classes=["cell"], evaluator_type="lvis")
+    cfg = detector_cfg("faster_rcnn")
+    set_all(cfg, {"DATASETS.TRAIN": [], "DATASETS.TEST": ["a"], "MODEL.ROI_HEADS.NUM_CLASSES": 1})
+    with pytest.raises(DistillError, match="evaluator_type 'lvis'"):
+        check_datasets(cfg)
+
+
+@pytest.mark.parametrize("tag", ["pose", "difficult", "name"])
+def test_an_object_that_the_evaluator_could_not_read_is_named(tmp_path, tag):
+    make_voc(tmp_path)
+    xml = tmp_path / "Annotations" / "3.xml"
+    xml.write_text(xml.read_text().replace(f"<{tag}>", f"<x{tag}>").replace(f"</{tag}>", f"</x{tag}>"))
+    with pytest.raises(DistillError, match=f"3.xml' has an object without {tag}"):
+        register_datasets([f"v=voc:{tmp_path}:train"])
+
+
 def test_the_same_entry_twice_is_fine_and_another_of_that_name_is_not(tmp_path):
     make_voc(tmp_path)
     entry = f"v=voc:{tmp_path}:train"
@@ -75,9 +117,12 @@ def test_the_same_entry_twice_is_fine_and_another_of_that_name_is_not(tmp_path):
         ("v=yolo:{root}:train", "not of the form 'name=voc:"),
         ("v=voc:{root}/no:train", "folder '.*/no' does not exist"),
         ("v=voc:{root}/Annotations:train", "JPEGImages' does not exist, which PASCAL VOC's layout has"),
-        ("v=voc:{root}:val", "split '.*val.txt' does not exist; there are: empty, lost, train"),
+        ("v=voc:{root}:val", "split '.*val.txt' does not exist; there are: bare, empty, lost, single, train"),
         ("v=voc:{root}:empty", "split '.*empty.txt' is empty"),
-        ("v=voc:{root}:lost", "annotation '.*99.xml' does not exist, but its split names it"),
+        ("v=voc:{root}:lost", "image '.*99.jpg' does not exist, but its split names it"),
+        ("v=voc:{root}:bare", "annotation '.*98.xml' does not exist, but its split names it"),
+        ("v=voc:{root}:single", "names one image"),
+        ("v=coco:{root}/unlabelled.json:{root}", "has no annotation"),
         ("v=voc:{root}:train:dog", "contain the classes cell, which are not among dog"),
         ("v=coco:{root}/no.json:{root}", "file '.*no.json' does not exist"),
         ("v=coco:{root}/none.json:{root}", "lists no image"),
@@ -88,7 +133,12 @@ def test_the_same_entry_twice_is_fine_and_another_of_that_name_is_not(tmp_path):
 def test_mistakes_are_named(tmp_path, entry, message):
     make_voc(tmp_path)
     (tmp_path / "ImageSets/Main/empty.txt").write_text("\n")
-    (tmp_path / "ImageSets/Main/lost.txt").write_text("99\n")
+    (tmp_path / "ImageSets/Main/lost.txt").write_text("0\n99\n")
+    (tmp_path / "ImageSets/Main/bare.txt").write_text("0\n98\n")
+    (tmp_path / "ImageSets/Main/single.txt").write_text("0\n")
+    (tmp_path / "JPEGImages/98.jpg").write_bytes(b"")
+    unlabelled = {"images": [{"id": 1}], "categories": [], "annotations": []}
+    (tmp_path / "unlabelled.json").write_text(json.dumps(unlabelled))
     (tmp_path / "bad.json").write_text("{}")
     write_coco(tmp_path, num_images=0)
     (tmp_path / "coco.json").rename(tmp_path / "none.json")
@@ -102,20 +152,23 @@ def test_another_number_of_classes_is_an_error_that_names_both_and_the_fix(kind,
     set_all(cfg, {"DATASETS.TRAIN": ["digit_scenes_train"], "DATASETS.TEST": []})
     expected = rf"10 classes .*MODEL.{key}.NUM_CLASSES is {NUM_CLASSES}. Set MODEL.{key}.NUM_CLASSES 10"
     with pytest.raises(DistillError, match=expected):
-        check_num_classes(cfg)
+        check_datasets(cfg)
     cfg.MODEL[key].NUM_CLASSES = 10
-    check_num_classes(cfg)
+    check_datasets(cfg)
 
 
 def test_an_unknown_data_set_is_named():
     cfg = detector_cfg("faster_rcnn")
     set_all(cfg, {"DATASETS.TRAIN": ["nothing"]})
     with pytest.raises(DistillError, match="Unknown data set 'nothing'"):
-        check_num_classes(cfg)
+        check_datasets(cfg)
 
 
 def test_an_unreadable_image_is_named(tmp_path):
-    mapper = NamingDatasetMapper(detector_cfg("faster_rcnn"), is_train=True)
+    mapper = CheckedDatasetMapper(detector_cfg("faster_rcnn"), is_train=True)
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no image")
     with pytest.raises(DistillError, match="Cannot read the image '.*bad.jpg'"):
         mapper({"file_name": str(tmp_path / "bad.jpg"), "annotations": []})
+    tester = CheckedDatasetMapper(detector_cfg("faster_rcnn"), is_train=False)
+    with pytest.raises(DistillError, match="Cannot read the image '.*gone.jpg'"):
+        tester({"file_name": str(tmp_path / "gone.jpg")})

@@ -41,7 +41,7 @@ def test_other_strides_point_to_aligned_distillation():
             {"DISTILL.DISTILLERS": ["ReviewDistill"]},
             "Unknown distiller 'ReviewDistill'.*Registered are: .*ReviewDistiller",
         ),
-        ({"DISTILL.DISTILLERS": []}, "DISTILL.DISTILLERS is empty.*ReviewDistiller"),
+        ({"DISTILL.DISTILLERS": []}, "DISTILL.DISTILLERS and .*INHERIT are both empty.*ReviewDistiller"),
         ({"DISTILL.DISTILLERS": ["ReviewDistiller"] * 2}, "names 'ReviewDistiller' 2 times"),
         ({"DISTILL.IMPORTS": ["no_such_module"]}, "'no_such_module', which cannot be imported"),
         ({"DISTILL.REVIEW.LEVELS": ["p9"]}, "DISTILL.REVIEW.LEVELS asks for p9"),
@@ -66,3 +66,9 @@ def test_a_module_outside_registers_by_import(tmp_path, monkeypatch):
     cfg = detector_cfg("faster_rcnn")
     set_all(cfg, {"DISTILL.DISTILLERS": ["OutsideDistiller"], "DISTILL.IMPORTS": ["outside_distiller"]})
     assert list(build_distillers(cfg, shapes("p3"), shapes("p3"))) == ["OutsideDistiller"]
+
+
+def test_inheriting_needs_no_distiller():
+    cfg = detector_cfg("faster_rcnn")
+    set_all(cfg, {"DISTILL.DISTILLERS": [], "DISTILL.STUDENT.INHERIT": ["backbone.fpn_"]})
+    assert not build_distillers(cfg, shapes("p3"), shapes("p3"))

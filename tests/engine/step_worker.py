@@ -22,6 +22,8 @@ def main(args: Namespace) -> None:
     torch.manual_seed(0)
     trainer = OneBatchTrainer(load_config(sys.argv[1], sys.argv[3:]))
     trainer.resume_or_load(resume=False)
+    if comm.get_world_size() == 1:
+        torch.save(trainer.model.state_dict(), f"{sys.argv[2]}.initial")
     trainer.train()
 
 

@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from distill.errors import DistillError
 from distill.modeling import build_teacher
 from distill.modeling.teacher import teacher_config
-from tests.helpers import detector_cfg, distillation_cfg, set_all, write_teacher
+from tests.helpers import detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
 
 
 @pytest.fixture
@@ -76,6 +76,41 @@ def test_weights_of_another_architecture_are_refused(cfg, tmp_path):
 def test_a_backbone_alone_is_refused(cfg):
     edit_weights(cfg, lambda state: [state.pop(key) for key in list(state) if "bottom_up" not in key])
     with pytest.raises(DistillError, match="would not be fully loaded"):
+        build_teacher(cfg)
+
+
+def test_a_deeper_backbone_is_refused(cfg, tmp_path):
+    deeper = write_teacher(tmp_path / "deeper", detector_cfg("faster_rcnn", depth=34))
+    set_all(cfg, {"DISTILL.TEACHER.WEIGHTS": deeper["DISTILL.TEACHER.WEIGHTS"]})
+    with pytest.raises(DistillError, match=r"backbone are left over. The first: backbone.bottom_up.res2.2"):
+        build_teacher(cfg)
+
+
+def test_frozen_norms_that_would_be_filled_in_are_missing(cfg):
+    edit_weights(cfg, lambda state: [state.pop(key) for key in list(state) if key.endswith("running_mean")])
+    with pytest.raises(DistillError, match=r"20 are missing .*running_mean is missing"):
+        build_teacher(cfg)
+
+
+def test_a_head_that_the_teacher_does_not_have_may_be_left_over(cfg, tmp_path):
+    masks = write_teacher(tmp_path / "masks", detector_cfg("mask_rcnn"))
+    set_all(cfg, {"DISTILL.TEACHER.WEIGHTS": masks["DISTILL.TEACHER.WEIGHTS"]})
+    build_teacher(cfg)
+
+
+def test_other_classes_are_fine_for_the_teacher(tmp_path):
+    overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn", **{"MODEL.ROI_HEADS.NUM_CLASSES": 9}))
+    model = build_model(distillation_cfg(detector_cfg("faster_rcnn"), overrides)).train()
+    assert model(random_batch((64, 96), (64, 96)))["loss_review"] > 0
+
+
+@pytest.mark.parametrize("student, teacher, flips", [("BGR", "RGB", True), ("RGB", "RGB", False)])
+def test_channels_are_flipped_where_they_differ(tmp_path, student, teacher, flips):
+    overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn", **{"INPUT.FORMAT": teacher}))
+    cfg = distillation_cfg(detector_cfg("faster_rcnn", **{"INPUT.FORMAT": student}), overrides)
+    assert build_teacher(cfg).flip_channels == flips
+    set_all(cfg, {"INPUT.FORMAT": "L"})
+    with pytest.raises(DistillError, match="INPUT.FORMAT is L"):
         build_teacher(cfg)
 
 
