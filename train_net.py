@@ -43,6 +43,12 @@ def argument_parser() -> ArgumentParser:
 def setup(args: Namespace) -> CfgNode:
     """Reads the config, applies the arguments, registers the data sets, and checks what can be checked.
 
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The full config, frozen.
+
     Raises:
         DistillError: see :mod:`distill.config` and :mod:`distill.data.register`.
     """
@@ -85,6 +91,9 @@ def evaluate(cfg: CfgNode, role: str) -> dict:
     Args:
         cfg: its own config, without distillation.
         role: what it is, for the messages.
+
+    Returns:
+        Detectron2's results by task and metric.
     """
     results = Trainer.test(cfg, load_detector(cfg, role))
     if comm.is_main_process():
@@ -93,7 +102,14 @@ def evaluate(cfg: CfgNode, role: str) -> dict:
 
 
 def main(args: Namespace) -> object:
-    """What every process runs."""
+    """What every process runs.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The results of the evaluation, if there was one.
+    """
     cfg = setup(args)
     if args.eval_teacher:
         own = teacher_config(cfg)
@@ -112,7 +128,17 @@ def main(args: Namespace) -> object:
 
 
 def run(args: Namespace) -> object:
-    """``main``, with one clear message instead of a traceback for bad input."""
+    """:func:`main`, with one clear message instead of a traceback for bad input.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        What ``main`` returns.
+
+    Raises:
+        SystemExit: the input was bad.
+    """
     try:
         return main(args)
     except DistillError as error:

@@ -86,6 +86,9 @@ class InstallError(Exception):
 def pip(*args: str) -> None:
     """Runs pip of this interpreter.
 
+    Args:
+        args: pip's arguments.
+
     Raises:
         InstallError: pip failed.
     """
@@ -108,7 +111,13 @@ def check_build_environment() -> None:
 
 
 def download(folder: Path) -> Path:
-    """Downloads the source distribution into ``folder``, checks it and returns its path.
+    """Downloads and checks the source distribution.
+
+    Args:
+        folder: where to.
+
+    Returns:
+        Its path.
 
     Raises:
         InstallError: it is not the file that was checked.
@@ -125,7 +134,10 @@ def download(folder: Path) -> Path:
 
 
 def patch(root: Path) -> None:
-    """Applies ``PATCHES`` below ``root`` and adds the stub of the extension.
+    """Applies ``PATCHES`` and adds the stub of the extension.
+
+    Args:
+        root: the unpacked source distribution.
 
     Raises:
         InstallError: a pattern does not occur.

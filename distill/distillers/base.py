@@ -40,6 +40,9 @@ class Distiller(nn.Module):
 
         Args:
             model: the ``DistillationModel`` that this distiller is part of.
+
+        Returns:
+            The hooks; none by default.
         """
         return []
 

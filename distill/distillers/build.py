@@ -21,6 +21,9 @@ A registered class is called as ``obj(cfg, student_shape, teacher_shape)`` and r
 def check_distillers(cfg: CfgNode) -> None:
     """Imports what ``DISTILL.IMPORTS`` names and checks that ``DISTILL.DISTILLERS`` can be built.
 
+    Args:
+        cfg: the full config.
+
     Raises:
         DistillError: a module cannot be imported, neither a distiller nor a part to inherit is named, a distiller is
             unknown or named twice.
@@ -30,8 +33,8 @@ def check_distillers(cfg: CfgNode) -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise DistillError(
-                f"DISTILL.IMPORTS names the module {module!r}, which cannot be imported: {error}. Is its folder on "
-                "PYTHONPATH?"
+                f"DISTILL.IMPORTS names the module {module!r}, which cannot be imported: {error}. Put it beside "
+                "train_net.py, or its folder on PYTHONPATH."
             ) from error
     names = list(cfg.DISTILL.DISTILLERS)
     known = ", ".join(sorted(name for name, _ in DISTILLER_REGISTRY))

@@ -47,7 +47,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Builds the model of MODEL.META_ARCHITECTURE."""
+        """Builds the model of MODEL.META_ARCHITECTURE.
+
+        Args:
+            cfg: the full config.
+
+        Returns:
+            A :class:`DistillationModel`, or a plain detector, on MODEL.DEVICE.
+        """
         model = build_model(cfg)
         if not isinstance(model, DistillationModel):
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -60,6 +67,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """SGD as Detectron2 builds it, or AdamW with the same parameter groups and gradient clipping.
+
+        Args:
+            cfg: the full config.
+            model: what is trained.
+
+        Returns:
+            The optimizer.
 
         Raises:
             DistillError: SOLVER.OPTIMIZER is neither.
@@ -93,6 +107,14 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         """The evaluator of the data set's ``evaluator_type``.
 
+        Args:
+            cfg: the full config.
+            dataset_name: a registered data set.
+            output_folder: where it writes its results; by default ``OUTPUT_DIR/inference``.
+
+        Returns:
+            Detectron2's evaluator.
+
         Raises:
             DistillError: the data set says neither "coco" nor "pascal_voc".
         """
@@ -117,6 +139,9 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; a run that starts (and is not resumed) inherits what DISTILL.STUDENT.INHERIT names.
+
+        Args:
+            resume: whether to go on from the last checkpoint in OUTPUT_DIR, if there is one.
 
         Raises:
             DistillError: the weights cannot be read.

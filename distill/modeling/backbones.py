@@ -149,6 +149,16 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
     Above the coarsest tap, RetinaNet and FCOS get two strided convolutions (as in
     ``build_retinanet_resnet_fpn_backbone``), all others a max pooling (as in ``build_resnet_fpn_backbone``).
+
+    Args:
+        cfg: the full config.
+        input_shape: not used; backbone builders are given it.
+
+    Returns:
+        The backbone, with levels named p2, p3, ... by the logarithm of their stride.
+
+    Raises:
+        DistillError: see :class:`TorchvisionBackbone`.
     """
     node = cfg.MODEL.TORCHVISION
     bottom_up = TorchvisionBackbone(

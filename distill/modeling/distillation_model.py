@@ -120,7 +120,10 @@ class DistillationModel(nn.Module):
         return losses
 
     def inherit(self) -> None:
-        """Copies the weights that ``inherit`` names from the teacher to the student (Kang et al., NeurIPS 2021)."""
+        """Copies the weights that the constructor's ``inherit`` names from the teacher to the student.
+
+        Source: Kang et al., *Instance-Conditional Knowledge Distillation for Object Detection*, NeurIPS 2021.
+        """
         weights = inheritable_weights(self.student, self.teacher.model, self._inherit)
         if not weights:
             return

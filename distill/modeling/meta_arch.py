@@ -25,7 +25,14 @@ class FCOS(_FCOS):
 
 
 def build_fcos(cfg: CfgNode) -> FCOS:
-    """Builds FCOS from ``MODEL.FCOS``; Detectron2 itself has it for Python configs only."""
+    """Builds FCOS from ``MODEL.FCOS``; Detectron2 itself has it for Python configs only.
+
+    Args:
+        cfg: the full config.
+
+    Returns:
+        The detector, not yet on MODEL.DEVICE.
+    """
     node = cfg.MODEL.FCOS
     backbone = build_backbone(cfg)
     shape = backbone.output_shape()

@@ -5,6 +5,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from distill.config import load_config
+from distill.modeling import FCOS
+from distill.modeling.checkpoint import load_detector
 from tests.helpers import detector_cfg, distillation_cfg, run_script, write_teacher
 
 PLAIN = """
@@ -71,3 +74,24 @@ def test_a_checkpoint_that_does_not_fill_the_student_is_refused(tmp_path):
     )
     assert result.returncode == 1 and "error: The student would not be fully loaded" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_fcos_on_a_torchvision_backbone_needs_this_package_and_no_download(tmp_path):
+    backbone = {
+        "MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone",
+        "MODEL.TORCHVISION.NAME": "resnet18",
+        "MODEL.TORCHVISION.OUT_FEATURES": ["layer2", "layer3", "layer4"],
+    }
+    cfg = detector_cfg("fcos", **backbone)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+    cfg.MODEL.TORCHVISION.WEIGHTS = "IMAGENET1K_V1"  # what it was trained from
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    out = tmp_path / "exported"
+    result = run_script(
+        *("tools/export_student.py", "--config-file", str(tmp_path / "cfg.yaml")),
+        *("--weights", str(tmp_path / "model.pth"), "--output", str(out)),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "built from MODEL.FCOS and MODEL.TORCHVISION" in result.stdout
+    exported = load_detector(load_config(str(out / "config.yaml")), "student")
+    assert isinstance(exported, FCOS)
