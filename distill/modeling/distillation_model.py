@@ -110,10 +110,12 @@ class DistillationModel(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         with self._same_padding():
+            teacher = self.teacher.view(batched_inputs)
+            if self.distillers:
+                teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
             losses = dict(self.student(batched_inputs))
             record = self._tap.take()
             student = DetectorView(self.student, batched_inputs, lambda: record, frozen=False)
-            teacher = self.teacher.view(batched_inputs)
             for name, distiller in self.distillers.items():
                 for key, loss in _checked(name, distiller(student, teacher), losses).items():
                     losses[key] = loss * distiller.loss_weight
