@@ -1,8 +1,12 @@
 """The config nodes of this package, and how config files are read."""
 
 import difflib
+import importlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
 
 import yaml
 from detectron2 import model_zoo
@@ -40,14 +44,22 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Overrides of the teacher's config, as on the command line: [KEY, VALUE, ...]
     _C.DISTILL.TEACHER.OPTS = []
 
-    # Names in DISTILLER_REGISTRY; their losses add up
+    # Names in DISTILLER_REGISTRY; their losses add up. "Name/variant" is another of the kind, with settings of its own.
     _C.DISTILL.DISTILLERS = []
-    # Modules to import first, so that the distillers in them register
+    # The settings of variants, as keys of DISTILL that differ, such as {"boxes": {"IMITATION": {"REGION": "boxes"}}}
+    _C.DISTILL.VARIANTS = CN(new_allowed=True)
+    # Modules to import first, so that the distillers in them register; their add_config(cfg), if any, adds keys
     _C.DISTILL.IMPORTS = []
+    # Every so many iterations the gradient of each distiller at the student's features is measured and logged, as a
+    # ratio to that of the detection losses. 0: never.
+    _C.DISTILL.GRADIENT_LOG_PERIOD = 50
+    # Scales every distiller's losses so that this ratio, in its running average, is the one given here, before
+    # LOSS_WEIGHT. 0: off, as the papers have it, whose weights suit their own data.
+    _C.DISTILL.BALANCE = 0.0
 
     # Knowledge review (arXiv 2104.09044)
     _C.DISTILL.REVIEW = CN()
-    _C.DISTILL.REVIEW.LOSS_WEIGHT = 1.0
+    add_weight_config(_C.DISTILL.REVIEW)
     # FPN levels to compare, such as ["p3", "p4"]. Empty: all that student and teacher share.
     _C.DISTILL.REVIEW.LEVELS = []
     # Channels inside the fusion modules
@@ -56,6 +68,41 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.DISTILL.REVIEW.NORM = "BN"
     # Sizes that the maps are pooled to, besides their own, in the hierarchical context loss
     _C.DISTILL.REVIEW.POOL_SIZES = [4, 2, 1]
+    # What compares the reviewed features: "HCL" (hierarchical context loss, as published) or "SSIM", with the settings
+    # of STRUCTURAL
+    _C.DISTILL.REVIEW.CRITERION = "HCL"
+
+    # Structural similarity (arXiv 2211.13133)
+    _C.DISTILL.STRUCTURAL = CN()
+    add_weight_config(_C.DISTILL.STRUCTURAL)
+    # FPN levels to compare. Empty: all that student and teacher share.
+    _C.DISTILL.STRUCTURAL.LEVELS = []
+    # Convolution from the student's to the teacher's channels: "1x1", "3x3", or "auto": 1x1 where the channels differ,
+    # none where they agree
+    _C.DISTILL.STRUCTURAL.ADAPTATION = "auto"
+    # How both sides come to one scale: "minmax" (the teacher's minimum and maximum of the level over the batch become 0
+    # and 1), "standard" (the teacher's mean and deviation of each channel become 0 and 1), or "none"
+    _C.DISTILL.STRUCTURAL.SCALE = "minmax"
+    # The Gaussian window, in cells, and the constants that keep the quotients stable
+    _C.DISTILL.STRUCTURAL.WINDOW_SIZE = 11
+    _C.DISTILL.STRUCTURAL.SIGMA = 1.5
+    _C.DISTILL.STRUCTURAL.K1 = 0.01
+    _C.DISTILL.STRUCTURAL.K2 = 0.03
+    # Exponents of luminance, contrast and structure; 0 leaves a term out
+    _C.DISTILL.STRUCTURAL.EXPONENTS = [1.0, 1.0, 1.0]
+
+    # Imitation: a norm of the difference of the features
+    _C.DISTILL.IMITATION = CN()
+    add_weight_config(_C.DISTILL.IMITATION)
+    # FPN levels to compare. Empty: all that student and teacher share.
+    _C.DISTILL.IMITATION.LEVELS = []
+    # As STRUCTURAL.ADAPTATION
+    _C.DISTILL.IMITATION.ADAPTATION = "auto"
+    # "l1", "l2" (squared) or "smooth_l1"
+    _C.DISTILL.IMITATION.NORM = "l2"
+    # Which cells count: "all", "boxes" (those that touch a ground-truth box) or "gaussian" (a Gaussian around the
+    # centre of each box, as wide and high as the box asks for)
+    _C.DISTILL.IMITATION.REGION = "all"
 
     # Data sets to register first: "name=voc:ROOT:SPLIT[:class,class,...]" or "name=coco:JSON:IMAGE_ROOT"
     _C.DATASETS.REGISTER = []
@@ -92,6 +139,21 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
 
+def add_weight_config(node: CfgNode, loss_weight: float = 1.0) -> None:
+    """Adds the keys that every distiller has to its config node, in place.
+
+    Args:
+        node: the node of a distiller, such as ``cfg.DISTILL.REVIEW``.
+        loss_weight: the default of LOSS_WEIGHT.
+    """
+    # Factor of the distiller's losses
+    node.LOSS_WEIGHT = loss_weight
+    # The weight grows linearly from zero over so many iterations. 0: it is there at once.
+    node.WARMUP_ITERS = 0
+    # The weight falls linearly to zero over this last part of the training, from 0 (never) to 1 (all along)
+    node.DECAY = 0.0
+
+
 def resolve_config_file(name: str) -> tuple[str, bool]:
     """Finds a config file.
 
@@ -116,7 +178,7 @@ def resolve_config_file(name: str) -> tuple[str, bool]:
 
 
 def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Reads a config, with the keys of this package and safe YAML only.
+    """Reads a config, with the keys of this package and of the modules in DISTILL.IMPORTS, and safe YAML only.
 
     Args:
         name: path of a file, or the name of a config in Detectron2's model zoo. Only the zoo's own files, read
@@ -127,14 +189,20 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
         The config, not frozen.
 
     Raises:
-        DistillError: no such file, not safe YAML, an unknown key (the nearest known one is named), or a value
-            of the wrong type.
+        DistillError: no such file, not safe YAML, an unknown key (the nearest known one is named), a value of the
+            wrong type, or a module that cannot be imported.
     """
     path, from_zoo = resolve_config_file(name)
     cfg = get_cfg()
     add_distill_config(cfg)
     try:
+        loaded = cfg.load_yaml_with_base(path, allow_unsafe=from_zoo)
+        for module in import_modules(_named_imports(loaded, opts)):
+            if hasattr(module, "add_config"):
+                module.add_config(cfg)
         cfg.merge_from_file(path, allow_unsafe=from_zoo)
+    except DistillError:
+        raise
     except yaml.constructor.ConstructorError as error:
         raise DistillError(
             f"Config {path} is not safe YAML: {error.problem}{error.problem_mark or ''}. Python tags can run any "
@@ -148,6 +216,60 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_list(list(opts))
     except _MERGE_ERRORS as error:
         raise _explain(error, cfg, "the overrides (KEY VALUE ...)") from None
+    return cfg
+
+
+def import_modules(names: Sequence[str]) -> list[ModuleType]:
+    """Imports the modules of DISTILL.IMPORTS.
+
+    Args:
+        names: dotted names, found where Python finds modules, and from the current folder.
+
+    Returns:
+        The modules.
+
+    Raises:
+        DistillError: there is no such module.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a script in another folder, such as tools/, does not have it
+    modules = []
+    for name in names:
+        try:
+            modules.append(importlib.import_module(name))
+        except ModuleNotFoundError as error:
+            raise DistillError(
+                f"DISTILL.IMPORTS names the module {name!r}, which cannot be imported: {error}. Give a dotted name, "
+                "such as 'projects.PearsonDistiller.pearson', from the current folder or from a folder on PYTHONPATH."
+            ) from error
+    return modules
+
+
+def variant_config(cfg: CfgNode, variant: str) -> CfgNode:
+    """The config that a variant of a distiller is built from.
+
+    Args:
+        cfg: the full config.
+        variant: a key of DISTILL.VARIANTS, whose keys replace those of DISTILL.
+
+    Returns:
+        A copy, not frozen.
+
+    Raises:
+        DistillError: there is no such variant, or it sets a key that does not exist.
+    """
+    if variant not in cfg.DISTILL.VARIANTS:
+        known = ", ".join(cfg.DISTILL.VARIANTS) or "none"
+        raise DistillError(
+            f"DISTILL.DISTILLERS names the variant {variant!r}, but DISTILL.VARIANTS has: {known}. Add its settings, "
+            f"such as VARIANTS: {{{variant}: {{IMITATION: {{LOSS_WEIGHT: 2.0}}}}}}."
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    try:
+        cfg.DISTILL.merge_from_other_cfg(cfg.DISTILL.VARIANTS[variant])
+    except _MERGE_ERRORS as error:
+        raise _explain(error, cfg.DISTILL, f"DISTILL.VARIANTS.{variant}") from None
     return cfg
 
 
@@ -187,6 +309,18 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.BACKBONE.NAME != "build_torchvision_fpn_backbone":
         del cfg.MODEL["TORCHVISION"]
     return cfg
+
+
+def _named_imports(loaded: Any, opts: Sequence[str]) -> list[str]:
+    """DISTILL.IMPORTS as it will be once the file and the overrides are merged; what cannot be is left to that."""
+    node = CN({"IMPORTS": []})
+    if isinstance(loaded, dict) and isinstance(loaded.get("DISTILL"), dict):
+        node.IMPORTS = loaded["DISTILL"].get("IMPORTS", [])
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key == "DISTILL.IMPORTS":
+            node.merge_from_list(["IMPORTS", value])
+    names = list(node.IMPORTS) if isinstance(node.IMPORTS, (list, tuple)) else []
+    return [name for name in names if isinstance(name, str)]
 
 
 def _all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -1,7 +1,19 @@
 """Distillation methods, one file each, and the registry in which anyone adds another."""
 
+from .adaptation import build_adaptation
 from .base import Distiller, shared_levels
 from .build import DISTILLER_REGISTRY, build_distillers
+from .imitation import ImitationDistiller
 from .review import ReviewDistiller
+from .structural import StructuralDistiller
 
-__all__ = ["DISTILLER_REGISTRY", "Distiller", "ReviewDistiller", "build_distillers", "shared_levels"]
+__all__ = [
+    "DISTILLER_REGISTRY",
+    "Distiller",
+    "ImitationDistiller",
+    "ReviewDistiller",
+    "StructuralDistiller",
+    "build_adaptation",
+    "build_distillers",
+    "shared_levels",
+]

@@ -1,13 +1,20 @@
 """What every distillation method is."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..modeling.views import DetectorView
+
+if TYPE_CHECKING:  # distill.modeling imports this very module
+    from ..modeling.views import DetectorView
 
 
 class Distiller(nn.Module):
@@ -15,13 +22,57 @@ class Distiller(nn.Module):
 
     A subclass registers in ``DISTILLER_REGISTRY`` and is built as ``Name(cfg, student_shape, teacher_shape)``,
     the shapes being what ``backbone.output_shape()`` returns (``dict[str, ShapeSpec]``). Its own parameters train
-    with the student and are saved under ``distillers.Name.``.
+    with the student and are saved under ``distillers.Name.``. See docs/extending.md.
 
-    Attributes:
-        loss_weight: what all of its losses are multiplied by; 1 unless the subclass says otherwise.
+    Args:
+        loss_weight: what all of its losses are multiplied by.
+        warmup_iters: the weight grows linearly from zero over so many iterations.
+        decay: the weight falls linearly to zero over this last part of the training, from 0 (never) to 1 (all along).
+
+    Raises:
+        DistillError: one of them is out of range.
     """
 
-    loss_weight: float = 1.0
+    def __init__(self, loss_weight: float = 1.0, warmup_iters: int = 0, decay: float = 0.0) -> None:
+        super().__init__()
+        if warmup_iters < 0:
+            raise DistillError(f"{type(self).__name__}: WARMUP_ITERS is {warmup_iters}, expected 0 or more iterations.")
+        if not 0 <= decay <= 1:
+            raise DistillError(
+                f"{type(self).__name__}: DECAY is {decay}, expected the part of the training, from 0 (never) to 1 (all "
+                "of it), over which the weight falls to zero."
+            )
+        self.loss_weight = loss_weight
+        self.warmup_iters = warmup_iters
+        self.decay = decay
+        # Size of its gradient relative to the detection losses': the mean logarithm, and how often it was measured
+        self.register_buffer("gradient_ratio", torch.zeros(2))
+
+    @staticmethod
+    def weight_settings(node: CfgNode) -> dict[str, float]:
+        """The arguments of this class, from a distiller's config node.
+
+        Args:
+            node: what :func:`distill.config.add_weight_config` was called on.
+
+        Returns:
+            Keyword arguments.
+        """
+        return {"loss_weight": node.LOSS_WEIGHT, "warmup_iters": node.WARMUP_ITERS, "decay": node.DECAY}
+
+    def weight_at(self, iteration: int, max_iter: int) -> float:
+        """The weight of its losses at an iteration.
+
+        Args:
+            iteration: counted from 0.
+            max_iter: number of iterations of the training.
+
+        Returns:
+            ``loss_weight`` times the two ramps.
+        """
+        grown = min(1.0, iteration / self.warmup_iters) if self.warmup_iters else 1.0
+        left = min(1.0, (max_iter - iteration) / (self.decay * max_iter)) if self.decay else 1.0
+        return self.loss_weight * grown * left
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
         """Compares the two detectors on one batch.
@@ -31,7 +82,7 @@ class Distiller(nn.Module):
             teacher: the teacher's view, without. What is asked of it is computed when it is asked for.
 
         Returns:
-            Scalars by name, before ``loss_weight``. A name contains "loss", or Detectron2 does not print it.
+            Scalars by name, before any weight. A name contains "loss", or Detectron2 does not print it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(student, teacher)")
 

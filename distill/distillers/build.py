@@ -1,16 +1,39 @@
 """The registry of distillers, and how a config becomes modules."""
 
-import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 from torch import nn
 
+from ..config import import_modules, variant_config
 from ..errors import DistillError
+from .base import Distiller
 
-DISTILLER_REGISTRY = Registry("DISTILLER")
+
+class DistillerRegistry(Registry):
+    """Detectron2's registry, with an error that says where a name was registered first."""
+
+    def _do_register(self, name: str, obj: type) -> None:
+        if name in self:
+            first = self.get(name)
+            raise DistillError(
+                f"The distiller {name!r} of {_source(obj)} is registered already, by {_source(first)}. Rename one of "
+                "them. If it is one file, DISTILL.IMPORTS and the rest of your code import it by two names: use one."
+            )
+        super()._do_register(name, obj)
+
+
+def _source(obj: type) -> str:
+    try:
+        return f"module {obj.__module__} ({inspect.getfile(obj)})"
+    except (OSError, TypeError):  # a class typed into an interpreter has no file
+        return f"module {obj.__module__}"
+
+
+DISTILLER_REGISTRY = DistillerRegistry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = """
 Registry for distillers.
 
@@ -26,16 +49,9 @@ def check_distillers(cfg: CfgNode) -> None:
 
     Raises:
         DistillError: a module cannot be imported, neither a distiller nor a part to inherit is named, a distiller is
-            unknown or named twice.
+            unknown, not registered or named twice, a variant has no settings.
     """
-    for module in cfg.DISTILL.IMPORTS:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise DistillError(
-                f"DISTILL.IMPORTS names the module {module!r}, which cannot be imported: {error}. Put it beside "
-                "train_net.py, or its folder on PYTHONPATH."
-            ) from error
+    import_modules(cfg.DISTILL.IMPORTS)
     names = list(cfg.DISTILL.DISTILLERS)
     known = ", ".join(sorted(name for name, _ in DISTILLER_REGISTRY))
     if not names and not cfg.DISTILL.STUDENT.INHERIT:
@@ -44,13 +60,27 @@ def check_distillers(cfg: CfgNode) -> None:
             f"at least one of the registered distillers: {known}."
         )
     for name in names:
-        if name not in DISTILLER_REGISTRY:
+        kind, _, variant = name.partition("/")
+        if kind not in DISTILLER_REGISTRY:
+            unregistered = [cls for cls in _subclasses(Distiller) if cls.__name__ == kind]
+            if unregistered:
+                raise DistillError(
+                    f"The distiller {kind!r} of {_source(unregistered[0])} is not registered: add "
+                    "@DISTILLER_REGISTRY.register() above its class."
+                )
             raise DistillError(
-                f"Unknown distiller {name!r} in DISTILL.DISTILLERS. Registered are: {known}. For one of your own, add "
+                f"Unknown distiller {kind!r} in DISTILL.DISTILLERS. Registered are: {known}. For one of your own, add "
                 "@DISTILLER_REGISTRY.register() to the class and its module to DISTILL.IMPORTS."
             )
         if names.count(name) > 1:
-            raise DistillError(f"DISTILL.DISTILLERS names {name!r} {names.count(name)} times: once is enough.")
+            raise DistillError(
+                f"DISTILL.DISTILLERS names {name!r} {names.count(name)} times. For another one of the kind, with "
+                f"settings of its own, name it '{kind}/LABEL' and put the settings into DISTILL.VARIANTS.LABEL."
+            )
+        if "." in name:
+            raise DistillError(f"DISTILL.DISTILLERS names {name!r}: a variant's name must not contain a dot.")
+        if variant:
+            variant_config(cfg, variant)
 
 
 def build_distillers(
@@ -67,10 +97,25 @@ def build_distillers(
         The distillers by name, in the order of the config.
 
     Raises:
-        DistillError: see :func:`check_distillers`; or what a distiller itself refuses, such as a level that one
-            side lacks.
+        DistillError: see :func:`check_distillers`; something registered is no :class:`Distiller`; or what a distiller
+            itself refuses, such as a level that one side lacks.
     """
     check_distillers(cfg)
-    return nn.ModuleDict(
-        {name: DISTILLER_REGISTRY.get(name)(cfg, student_shape, teacher_shape) for name in cfg.DISTILL.DISTILLERS}
-    )
+    distillers = nn.ModuleDict()
+    for name in cfg.DISTILL.DISTILLERS:
+        kind, _, variant = name.partition("/")
+        own_cfg = variant_config(cfg, variant) if variant else cfg
+        distiller = DISTILLER_REGISTRY.get(kind)(own_cfg, student_shape, teacher_shape)
+        if not isinstance(distiller, Distiller):
+            raise DistillError(
+                f"{kind} in DISTILLER_REGISTRY builds a {type(distiller).__name__}: expected a subclass of "
+                "distill.distillers.Distiller."
+            )
+        distillers[name] = distiller
+    return distillers
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

@@ -1,6 +1,7 @@
 """Knowledge review (ReviewKD): Chen, Liu, Zhao, Jia, CVPR 2021, arXiv 2104.09044."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ..losses import hierarchical_context_loss
 from ..modeling.views import DetectorView
 from .base import Distiller, shared_levels
 from .build import DISTILLER_REGISTRY
+from .structural import Criterion, structural_criterion
 
 
 class AttentionBasedFusion(nn.Module):
@@ -93,7 +95,7 @@ class ReviewModule(nn.Module):
 
 @DISTILLER_REGISTRY.register()
 class ReviewDistiller(Distiller):
-    """Compares the reviewed pyramid of the student with the teacher's by the hierarchical context loss.
+    """Compares the reviewed pyramid of the student with the teacher's.
 
     Args:
         levels: names of the levels, finest first.
@@ -101,8 +103,9 @@ class ReviewDistiller(Distiller):
         out_channels: the teacher's channels at them.
         mid_channels: channels inside the fusion.
         norm: norm of the fusion modules, in Detectron2's terms.
-        pool_sizes: see :func:`distill.losses.hierarchical_context_loss`.
-        loss_weight: factor of the loss.
+        criterion: the loss, of the reviewed and the teacher's levels: the hierarchical context loss as published, or
+            structural similarity.
+        weight_settings: arguments of :class:`Distiller`.
     """
 
     @configurable
@@ -114,20 +117,22 @@ class ReviewDistiller(Distiller):
         out_channels: Sequence[int],
         mid_channels: int,
         norm: str,
-        pool_sizes: Sequence[int],
-        loss_weight: float,
+        criterion: Criterion,
+        **weight_settings: float,
     ) -> None:
-        super().__init__()
+        super().__init__(**weight_settings)
         self.levels = list(levels)
         self.review = ReviewModule(in_channels, out_channels, mid_channels, norm)
-        self.pool_sizes = tuple(pool_sizes)
-        self.loss_weight = loss_weight
+        self.criterion = criterion
 
     @classmethod
     def from_config(
         cls, cfg: CfgNode, student_shape: Mapping[str, ShapeSpec], teacher_shape: Mapping[str, ShapeSpec]
     ) -> dict:
         node = cfg.DISTILL.REVIEW
+        if node.CRITERION not in ("HCL", "SSIM"):
+            raise DistillError(f"DISTILL.REVIEW.CRITERION is {node.CRITERION!r}: expected 'HCL' or 'SSIM'.")
+        by_context = partial(hierarchical_context_loss, pool_sizes=tuple(node.POOL_SIZES))
         levels = shared_levels(node.LEVELS, student_shape, teacher_shape, "DISTILL.REVIEW.LEVELS")
         return {
             "levels": levels,
@@ -135,8 +140,8 @@ class ReviewDistiller(Distiller):
             "out_channels": [teacher_shape[level].channels for level in levels],
             "mid_channels": node.MID_CHANNELS,
             "norm": node.NORM,
-            "pool_sizes": node.POOL_SIZES,
-            "loss_weight": node.LOSS_WEIGHT,
+            "criterion": by_context if node.CRITERION == "HCL" else structural_criterion(cfg),
+            **cls.weight_settings(node),
         }
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
@@ -152,4 +157,4 @@ class ReviewDistiller(Distiller):
                 "DISTILL.REVIEW.LEVELS, or set DISTILL.REVIEW.NORM to 'GN'."
             ) from error
         target = [teacher.features[level] for level in self.levels]
-        return {"loss_review": hierarchical_context_loss(reviewed, target, self.pool_sizes)}
+        return {"loss_review": self.criterion(reviewed, target)}

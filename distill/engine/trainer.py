@@ -22,6 +22,7 @@ from ..data import CheckedDatasetMapper
 from ..errors import DistillError
 from ..modeling import DistillationModel
 from ..modeling.checkpoint import describe_weights
+from .hooks import CheckGradients
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class Trainer(DefaultTrainer):
         model = self._unwrapped_model()
         if isinstance(model, DistillationModel):
             extra = [hook for distiller in model.distillers.values() for hook in distiller.build_hooks(model)]
-            hooks[2:2] = extra  # behind the timer and the learning rate
+            hooks[2:2] = [CheckGradients(model.distillers), *extra]  # behind the timer and the learning rate
         return hooks
 
     def resume_or_load(self, resume: bool = True) -> None:

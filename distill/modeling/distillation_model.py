@@ -18,6 +18,7 @@ from ..distillers.build import build_distillers, check_distillers
 from ..errors import DistillError
 from .checkpoint import describe_weights
 from .inherit import inheritable_weights
+from .loss_weights import LossWeights
 from .teacher import Teacher, build_teacher, check_detector
 from .views import DetectorView, FeatureTap
 
@@ -38,6 +39,7 @@ class DistillationModel(nn.Module):
         teacher: see :class:`Teacher`; it is in no state dict, but follows ``.to(device)``.
         distillers: by name; their losses add up.
         inherit: prefixes of the student's weights that :meth:`inherit` copies from the teacher.
+        loss_weights: how the distillers' losses are weighed; by default, by each distiller's own weight alone.
 
     Raises:
         DistillError: student or teacher is not a detector that can be distilled, or a weight to be inherited does
@@ -46,13 +48,20 @@ class DistillationModel(nn.Module):
 
     @configurable
     def __init__(
-        self, *, student: nn.Module, teacher: Teacher, distillers: nn.ModuleDict, inherit: Sequence[str] = ()
+        self,
+        *,
+        student: nn.Module,
+        teacher: Teacher,
+        distillers: nn.ModuleDict,
+        inherit: Sequence[str] = (),
+        loss_weights: LossWeights | None = None,
     ) -> None:
         super().__init__()
         check_detector(student, "student")
         self.student = student
         self.distillers = distillers
         self.teacher = teacher
+        self._loss_weights = loss_weights or LossWeights(distillers)
         self._inherit = list(inherit)
         inheritable_weights(student, teacher.model, self._inherit)  # an error now rather than after the data is loaded
         self._tap = FeatureTap(student.backbone)
@@ -74,13 +83,20 @@ class DistillationModel(nn.Module):
             f"Student: {type(student).__name__}, {parameters:.1f} M parameters, "
             f"from {describe_weights(cfg)}, inheriting {cfg.DISTILL.STUDENT.INHERIT or 'nothing'}"
         )
-        rows = [(name, d.loss_weight, sum(p.numel() for p in d.parameters()) / 1e6) for name, d in distillers.items()]
-        logger.info("Distillers:\n" + tabulate(rows, ["distiller", "loss weight", "parameters (M)"], "pipe"))
+        rows = [
+            (name, d.loss_weight, d.warmup_iters, d.decay, sum(p.numel() for p in d.parameters()) / 1e6)
+            for name, d in distillers.items()
+        ]
+        headers = ["distiller", "loss weight", "warmup iterations", "decay", "parameters (M)"]
+        logger.info("Distillers:\n" + tabulate(rows, headers, "pipe"))
         return {
             "student": student,
             "teacher": teacher,
             "distillers": distillers,
             "inherit": cfg.DISTILL.STUDENT.INHERIT,
+            "loss_weights": LossWeights(
+                distillers, cfg.SOLVER.MAX_ITER, cfg.DISTILL.GRADIENT_LOG_PERIOD, cfg.DISTILL.BALANCE
+            ),
         }
 
     def __getattr__(self, name: str) -> Any:
@@ -113,12 +129,19 @@ class DistillationModel(nn.Module):
             teacher = self.teacher.view(batched_inputs)
             if self.distillers:
                 teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
-            losses = dict(self.student(batched_inputs))
+            detection = dict(self.student(batched_inputs))
             record = self._tap.take()
             student = DetectorView(self.student, batched_inputs, lambda: record, frozen=False)
+            distilled: dict[str, dict[str, Tensor]] = {}
+            taken = set(detection)
             for name, distiller in self.distillers.items():
-                for key, loss in _checked(name, distiller(student, teacher), losses).items():
-                    losses[key] = loss * distiller.loss_weight
+                distilled[name] = _checked(name, distiller(student, teacher), taken)
+                taken |= distilled[name].keys()
+        losses = dict(detection)
+        if distilled:
+            weights = self._loss_weights(detection, distilled, record[1])
+            for name, own in distilled.items():
+                losses.update({key: loss * weights[name] for key, loss in own.items()})
         return losses
 
     def inherit(self) -> None:
@@ -158,11 +181,18 @@ class DistillationModel(nn.Module):
                 backbone._size_divisibility = divisibility
 
 
-def _checked(name: str, result: Any, taken: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns what a distiller returned, or says what is wrong with it."""
+def _checked(name: str, result: Any, taken: set[str]) -> dict[str, Tensor]:
+    """The losses that a distiller returned, by names of their own; or says what is wrong with them."""
     if not isinstance(result, dict):
-        raise DistillError(f"{name}.forward returned a {type(result).__name__}: expected a dict of named losses.")
+        raise DistillError(
+            f"{name}.forward returned a {type(result).__name__}: expected a dict of named losses, such as "
+            '{"loss_mine": loss}.'
+        )
+    _, _, variant = name.partition("/")
+    losses = {}
     for key, loss in result.items():
+        if variant:
+            key = f"{key}_{variant}"
         if key in taken:
             raise DistillError(f"{name} names a loss {key!r}, which the detector or another distiller has: rename it.")
         if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -173,7 +203,14 @@ def _checked(name: str, result: Any, taken: dict[str, Tensor]) -> dict[str, Tens
                 f"{name}'s loss {key!r} is {loss.dtype}: compute it in float32, by decorating its formula with "
                 "distill.losses.in_float32."
             )
-    return result
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise DistillError(
+                f"{name}'s loss {key!r} does not depend on the student: nothing that it is computed from needs a "
+                "gradient. Compute it from the student's view, without detach or no_grad; where a batch has nothing to "
+                "compare, return 0 times something of the student's."
+            )
+        losses[key] = loss
+    return losses
 
 
 def _strip_student_prefix(module: nn.Module, state_dict: OrderedDict, prefix: str, local_metadata: dict) -> None:

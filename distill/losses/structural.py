@@ -1,0 +1,189 @@
+"""Structural similarity (Wang et al., TIP 2004) on features (de Rijk et al., NeurIPS 2022, arXiv 2211.13133)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import in_float32
+
+SCALES = ("minmax", "standard", "none")
+
+
+@in_float32
+def structural_similarity(
+    x: Tensor,
+    y: Tensor,
+    window_size: int = 11,
+    sigma: float = 1.5,
+    data_range: float | Tensor = 1.0,
+    k1: float = 0.01,
+    k2: float = 0.03,
+    exponents: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Tensor:
+    """Structural similarity (SSIM) of two stacks of maps, window by window, every channel as an image of its own.
+
+    With means, variances and covariance under a normalised Gaussian window, C1 = (k1 L)² and C2 = (k2 L)²,
+    SSIM = (2 μx μy + C1)(2 σxy + C2) / ((μx² + μy² + C1)(σx² + σy² + C2)). Wang, Bovik, Sheikh, Simoncelli, *Image
+    Quality Assessment*, IEEE TIP 2004, equation 13; arXiv 2211.13133, section 3.
+
+    Args:
+        x: ``Tensor[N, C, H, W]``.
+        y: a tensor of the same shape.
+        window_size: side of the square window in cells, odd. On a smaller map it shrinks to the largest odd size that
+            fits; a window of one cell compares luminance alone.
+        sigma: standard deviation of the Gaussian, in cells.
+        data_range: L, the range of the values; a number, or a tensor that broadcasts to ``[N, C, 1, 1]``.
+        k1: keeps the luminance's quotient stable.
+        k2: keeps the other quotient stable.
+        exponents: α, β, γ of luminance, contrast and structure, see :func:`structural_similarity_terms`. A term t with
+            another exponent than 1 is sign(t) |t|^γ, so that opposite structure never counts as alike.
+
+    Returns:
+        ``Tensor[N, C, H - w + 1, W - w + 1]``, w the window's size: the similarity at each window that lies inside the
+        map, from -1 to 1 where x and y are not negative.
+
+    Raises:
+        ValueError: the shapes differ, are not 4-dimensional or empty, or the window's size is not odd.
+    """
+    if tuple(exponents) != (1.0, 1.0, 1.0):
+        terms = structural_similarity_terms(x, y, window_size, sigma, data_range, k1, k2)
+        powers = [_signed_power(term, exponent) for term, exponent in zip(terms, exponents, strict=True) if exponent]
+        return torch.stack(powers).prod(0) if powers else torch.ones_like(terms[0])
+    window = _gaussian_window(x, y, window_size, sigma)
+    # only the sum of the two variances is needed: four maps to filter instead of five
+    mean_x, mean_y, mean_squares, mean_xy = _filter([x, y, x.square() + y.square(), x * y], window)
+    squares = mean_x.square() + mean_y.square()
+    products = mean_x * mean_y
+    c1, c2 = _constants(x, data_range, k1, k2)
+    luminance = (2 * products + c1) / (squares + c1)
+    return luminance * (2 * (mean_xy - products) + c2) / (mean_squares - squares + c2)
+
+
+@in_float32
+def structural_similarity_terms(
+    x: Tensor,
+    y: Tensor,
+    window_size: int = 11,
+    sigma: float = 1.5,
+    data_range: float | Tensor = 1.0,
+    k1: float = 0.01,
+    k2: float = 0.03,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three terms whose product structural similarity is.
+
+    Luminance (2 μx μy + C1) / (μx² + μy² + C1), contrast (2 σx σy + C2) / (σx² + σy² + C2), structure
+    (σxy + C2/2) / (σx σy + C2/2). Wang et al., IEEE TIP 2004, equations 6, 9 and 10.
+
+    Args:
+        x, y, window_size, sigma, data_range, k1, k2: see :func:`structural_similarity`.
+
+    Returns:
+        Luminance, contrast and structure, each ``Tensor[N, C, H - w + 1, W - w + 1]``.
+
+    Raises:
+        ValueError: see :func:`structural_similarity`.
+    """
+    window = _gaussian_window(x, y, window_size, sigma)
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = _filter([x, y, x.square(), y.square(), x * y], window)
+    c1, c2 = _constants(x, data_range, k1, k2)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    # the root has no gradient at zero, where rounding puts flat windows
+    tiny = torch.finfo(mean_x.dtype).tiny ** 0.5
+    var_x, var_y = ((m - mean.square()).clamp(min=tiny) for m, mean in ((mean_xx, mean_x), (mean_yy, mean_y)))
+    deviations = (var_x * var_y).sqrt()
+    contrast = (2 * deviations + c2) / (var_x + var_y + c2)
+    structure = (mean_xy - mean_x * mean_y + c2 / 2) / (deviations + c2 / 2)
+    return luminance, contrast, structure
+
+
+@in_float32
+def structural_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    scale: str = "minmax",
+    window_size: int = 11,
+    sigma: float = 1.5,
+    k1: float = 0.01,
+    k2: float = 0.03,
+    exponents: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Tensor:
+    """(1 - SSIM) / 2, averaged over channels and windows of a level, then over the levels.
+
+    Args:
+        student: a ``Tensor[N, C, H, W]`` for each level.
+        teacher: tensors of the same shapes.
+        scale: how both sides of a level come to one scale, by the teacher's statistics: "minmax" (its minimum and
+            maximum over the batch become 0 and 1, L is 1), "standard" (mean and deviation of each channel become 0 and
+            1, L is the channel's range), or "none" (L is the range of the level over the batch).
+        window_size, sigma, k1, k2, exponents: see :func:`structural_similarity`.
+
+    Returns:
+        ``Tensor[]``, a scalar.
+
+    Raises:
+        ValueError: the shapes differ, there is no level, ``scale`` is unknown, or see :func:`structural_similarity`.
+    """
+    shapes = [[tuple(level.shape) for level in side] for side in (student, teacher)]
+    if not student or shapes[0] != shapes[1]:
+        raise ValueError(f"expected the same shapes of features, at least one level; got {shapes[0]} and {shapes[1]}")
+    losses = []
+    for x, y in zip(student, teacher):
+        x, y, data_range = _to_one_scale(x, y, scale)
+        similarity = structural_similarity(x, y, window_size, sigma, data_range, k1, k2, exponents)
+        losses.append((1 - similarity.mean()) / 2)
+    return torch.stack(losses).mean()
+
+
+def _to_one_scale(x: Tensor, y: Tensor, scale: str) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Both maps on the scale of the second, and the range of the values there."""
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}")
+    if scale == "standard":
+        mean, low, high = (f(y, (0, 2, 3), keepdim=True) for f in (torch.mean, torch.amin, torch.amax))
+        deviation = _at_least_tiny((y - mean).square().mean((0, 2, 3), keepdim=True).sqrt(), mean)
+        return (x - mean) / deviation, (y - mean) / deviation, _at_least_tiny(high - low, mean) / deviation
+    low, high = y.aminmax()
+    spread = _at_least_tiny(high - low, high)
+    if scale == "none":
+        return x, y, spread
+    return (x - low) / spread, (y - low) / spread, 1.0
+
+
+def _at_least_tiny(spread: Tensor, values: Tensor) -> Tensor:
+    """Keeps a division by the spread of a constant map finite."""
+    return spread.maximum(1e-6 * values.abs()).clamp(min=1e-6)
+
+
+def _gaussian_window(x: Tensor, y: Tensor, window_size: int, sigma: float) -> Tensor:
+    if x.dim() != 4 or x.shape != y.shape or 0 in x.shape:
+        raise ValueError(f"expected two maps of one shape [N, C, H, W], got {tuple(x.shape)} and {tuple(y.shape)}")
+    if window_size < 1 or window_size % 2 == 0:
+        raise ValueError(f"window_size is {window_size}, expected an odd number of cells, such as 11")
+    fitting = min(window_size, *x.shape[2:])
+    fitting -= 1 - fitting % 2
+    offsets = torch.arange(fitting, dtype=x.dtype, device=x.device) - fitting // 2
+    window = torch.exp(-(offsets / sigma).square() / 2)
+    return window / window.sum()
+
+
+def _filter(maps: Sequence[Tensor], window: Tensor) -> tuple[Tensor, ...]:
+    """Weighted means of each map under the window, which slides over rows, then over columns."""
+    channels = maps[0].shape[1]
+    kernel = window.expand(channels, 1, 1, -1)
+    stacked = torch.cat(list(maps))
+    rows = F.conv2d(stacked, kernel, groups=channels)
+    return F.conv2d(rows, kernel.transpose(2, 3), groups=channels).chunk(len(maps))
+
+
+def _constants(x: Tensor, data_range: float | Tensor, k1: float, k2: float) -> tuple[float | Tensor, float | Tensor]:
+    if isinstance(data_range, Tensor):
+        data_range = data_range.to(x)
+    return (k1 * data_range) ** 2, (k2 * data_range) ** 2
+
+
+def _signed_power(term: Tensor, exponent: float) -> Tensor:
+    if exponent == 1:
+        return term
+    return term.sign() * term.abs().clamp(min=1e-6) ** exponent
