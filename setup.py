@@ -22,5 +22,6 @@ setup(
         "scikit-learn>=1.1,<2",  # its bundled digits and photographs make the digit_scenes data set
         "setuptools<81",  # Detectron2 v0.6 imports pkg_resources
     ],
-    extras_require={"dev": ["pytest>=7", "ruff>=0.6"]},
+    # scikit-image: structural similarity is tested against its own
+    extras_require={"dev": ["pytest>=7", "ruff>=0.6", "scikit-image>=0.22,<1"]},
 )

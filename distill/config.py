@@ -46,7 +46,8 @@ def add_distill_config(cfg: CfgNode) -> None:
 
     # Names in DISTILLER_REGISTRY; their losses add up. "Name/variant" is another of the kind, with settings of its own.
     _C.DISTILL.DISTILLERS = []
-    # The settings of variants, as keys of DISTILL that differ, such as {"boxes": {"IMITATION": {"REGION": "boxes"}}}
+    # The settings of variants, as keys of DISTILL that differ, such as {boxes: {IMITATION: {REGION: boxes}}}. A config
+    # file defines them; the command line may change what is defined.
     _C.DISTILL.VARIANTS = CN(new_allowed=True)
     # Modules to import first, so that the distillers in them register; their add_config(cfg), if any, adds keys
     _C.DISTILL.IMPORTS = []
@@ -229,12 +230,14 @@ def import_modules(names: Sequence[str]) -> list[ModuleType]:
         The modules.
 
     Raises:
-        DistillError: there is no such module.
+        DistillError: there is no such module, or a name is no text.
     """
     if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a script in another folder, such as tools/, does not have it
     modules = []
     for name in names:
+        if not isinstance(name, str):
+            raise DistillError(f"DISTILL.IMPORTS holds {name!r}: expected dotted names of modules.")
         try:
             modules.append(importlib.import_module(name))
         except ModuleNotFoundError as error:
@@ -319,8 +322,7 @@ def _named_imports(loaded: Any, opts: Sequence[str]) -> list[str]:
     for key, value in zip(opts[::2], opts[1::2]):
         if key == "DISTILL.IMPORTS":
             node.merge_from_list(["IMPORTS", value])
-    names = list(node.IMPORTS) if isinstance(node.IMPORTS, (list, tuple)) else []
-    return [name for name in names if isinstance(name, str)]
+    return list(node.IMPORTS) if isinstance(node.IMPORTS, (list, tuple)) else []
 
 
 def _all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -11,10 +11,16 @@ from distill.engine import Trainer
 from distill.modeling import distillation_model, teacher
 from tests.helpers import ROOT, random_batch
 
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
+CONFIGS = sorted(
+    path
+    for folder in ("configs", "projects")
+    for path in (ROOT / folder).rglob("*.yaml")
+    if not path.name.startswith("Base")
+)
+PLAIN = {"coco", "voc", "teacher", "student"}  # folders and names of configs without distillation
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_builds_and_takes_a_step(path: Path, monkeypatch):
     monkeypatch.chdir(ROOT)
     # neither the model zoo nor ImageNet weights are to be had here: random ones, everything else as shipped
@@ -34,9 +40,19 @@ def test_builds_and_takes_a_step(path: Path, monkeypatch):
     losses = model(random_batch((64, 96), (64, 80)))
     sum(losses.values()).backward()
     distilled = isinstance(model, distillation_model.DistillationModel)
-    assert distilled == (path.parent.name == "review" or path.stem == "review")
-    assert ("loss_review" in losses) == distilled
+    assert distilled == PLAIN.isdisjoint([path.parent.name, path.stem])
+    names = {"review": "loss_review", "structural": "loss_structural", "PearsonDistiller": "loss_pearson"}
+    own = [losses[name] for method, name in names.items() if method in (path.parent.name, path.stem)]
+    assert len(own) == distilled and all(loss > 0 for loss in own)
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_the_papers_configs_are_not_balanced_and_the_demos_are():
+    for path in CONFIGS:
+        cfg = load_config(str(path))
+        if path.parent.name in ("review", "structural"):
+            assert cfg.DISTILL.BALANCE == 0
+    assert load_config(str(ROOT / "configs" / "demo" / "structural.yaml")).DISTILL.BALANCE > 0
 
 
 def test_the_published_settings_of_knowledge_review():

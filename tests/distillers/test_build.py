@@ -1,9 +1,14 @@
 """Which distillers are built, on which levels, and the errors of a wrong choice."""
 
+import sys
+
 import pytest
+import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
-from distill.distillers import build_distillers, shared_levels
+from distill.config import load_config
+from distill.distillers import DISTILLER_REGISTRY, build_adaptation, build_distillers, shared_levels
 from distill.errors import DistillError
 from tests.helpers import detector_cfg, set_all
 
@@ -45,30 +50,179 @@ def test_other_strides_point_to_aligned_distillation():
         ({"DISTILL.DISTILLERS": ["ReviewDistiller"] * 2}, "names 'ReviewDistiller' 2 times"),
         ({"DISTILL.IMPORTS": ["no_such_module"]}, "'no_such_module', which cannot be imported"),
         ({"DISTILL.REVIEW.LEVELS": ["p9"]}, "DISTILL.REVIEW.LEVELS asks for p9"),
+        ({"DISTILL.REVIEW.CRITERION": "KL"}, "DISTILL.REVIEW.CRITERION is 'KL': expected 'HCL' or 'SSIM'"),
+        ({"DISTILL.REVIEW.DECAY": 1.5}, "ReviewDistiller: DECAY is 1.5, expected the part"),
+        ({"DISTILL.STRUCTURAL.SCALE": "max"}, "STRUCTURAL.SCALE is 'max': expected one of minmax, standard, none"),
+        ({"DISTILL.STRUCTURAL.WINDOW_SIZE": 8}, "STRUCTURAL.WINDOW_SIZE is 8: expected an odd number"),
+        ({"DISTILL.STRUCTURAL.SIGMA": 0.0}, "STRUCTURAL.SIGMA is 0.0: expected a number of cells above 0"),
+        ({"DISTILL.STRUCTURAL.EXPONENTS": [1.0, -1.0, 0.0]}, "STRUCTURAL.EXPONENTS is .*: expected three numbers"),
+        ({"DISTILL.STRUCTURAL.EXPONENTS": [1.0]}, "STRUCTURAL.EXPONENTS is .*: expected three numbers"),
+        ({"DISTILL.STRUCTURAL.ADAPTATION": "5x5"}, "STRUCTURAL.ADAPTATION is '5x5': expected one of auto, 1x1, 3x3"),
+        ({"DISTILL.IMITATION.NORM": "l3"}, "IMITATION.NORM is 'l3': expected one of l1, l2, smooth_l1"),
+        ({"DISTILL.IMITATION.REGION": "box"}, "IMITATION.REGION is 'box': expected one of all, boxes, gaussian"),
     ],
 )
 def test_mistakes_are_named(overrides, message):
     cfg = detector_cfg("faster_rcnn")
-    set_all(cfg, {"DISTILL.DISTILLERS": ["ReviewDistiller"], **overrides})
+    distillers = ["ReviewDistiller", "StructuralDistiller", "ImitationDistiller"]
+    set_all(cfg, {"DISTILL.DISTILLERS": distillers, "DISTILL.REVIEW.CRITERION": "SSIM", **overrides})
     with pytest.raises(DistillError, match=message):
         build_distillers(cfg, shapes("p3"), shapes("p3"))
 
 
-def test_a_module_outside_registers_by_import(tmp_path, monkeypatch):
-    (tmp_path / "outside_distiller.py").write_text(
-        "from distill.distillers import DISTILLER_REGISTRY, Distiller\n"
-        "@DISTILLER_REGISTRY.register()\n"
-        "class OutsideDistiller(Distiller):\n"
-        "    def __init__(self, cfg, student_shape, teacher_shape):\n"
-        "        super().__init__()\n"
-    )
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """Writes and forgets a module with distillers of its own."""
+    known = dict(DISTILLER_REGISTRY._obj_map)
+
+    def write(code: str, name: str = "outside_distiller") -> None:
+        (tmp_path / f"{name}.py").write_text(
+            f"from distill.distillers import DISTILLER_REGISTRY, Distiller, ImitationDistiller\n{code}"
+        )
+
     monkeypatch.syspath_prepend(tmp_path)
+    yield write
+    DISTILLER_REGISTRY._obj_map.clear()
+    DISTILLER_REGISTRY._obj_map.update(known)
+    for name in ("outside_distiller", "other_distiller"):
+        sys.modules.pop(name, None)
+
+
+CLASS = """
+class OutsideDistiller(Distiller):
+    def __init__(self, cfg, student_shape, teacher_shape):
+        super().__init__(**self.weight_settings(cfg.DISTILL.OUTSIDE) if "OUTSIDE" in cfg.DISTILL else {})
+"""
+REGISTERED = f"@DISTILLER_REGISTRY.register(){CLASS}"
+
+
+def build(*distillers: str, imports: tuple[str, ...] = ("outside_distiller",), **overrides):
     cfg = detector_cfg("faster_rcnn")
-    set_all(cfg, {"DISTILL.DISTILLERS": ["OutsideDistiller"], "DISTILL.IMPORTS": ["outside_distiller"]})
-    assert list(build_distillers(cfg, shapes("p3"), shapes("p3"))) == ["OutsideDistiller"]
+    set_all(cfg, {"DISTILL.DISTILLERS": list(distillers), "DISTILL.IMPORTS": list(imports), **overrides})
+    return build_distillers(cfg, shapes("p3", "p4"), shapes("p3", "p4"))
+
+
+def test_a_module_outside_registers_by_import(outside):
+    outside(REGISTERED)
+    assert list(build("OutsideDistiller")) == ["OutsideDistiller"]
+
+
+def test_a_distiller_that_was_not_registered_is_named_with_its_module(outside):
+    outside(CLASS)
+    with pytest.raises(
+        DistillError, match=r"'OutsideDistiller' of module outside_distiller \(.*\) is not registered: add"
+    ):
+        build("OutsideDistiller")
+
+
+def test_a_name_that_is_taken_is_named_with_both_modules(outside):
+    outside(REGISTERED)
+    outside(REGISTERED, "other_distiller")
+    with pytest.raises(
+        DistillError, match="'OutsideDistiller' of module other_distiller .*registered already, by module outside_dis"
+    ):
+        build("OutsideDistiller", imports=("outside_distiller", "other_distiller"))
+
+
+def test_something_registered_that_is_no_distiller_is_refused(outside):
+    outside("@DISTILLER_REGISTRY.register()\ndef OutsideDistiller(*args):\n    return 3\n")
+    with pytest.raises(DistillError, match="OutsideDistiller in DISTILLER_REGISTRY builds a int: expected a subclass"):
+        build("OutsideDistiller")
+
+
+def test_a_module_brings_its_keys_before_the_config_is_read(outside, tmp_path, monkeypatch):
+    outside(
+        "from detectron2.config import CfgNode\nfrom distill.config import add_weight_config\n"
+        "def add_config(cfg):\n    cfg.DISTILL.OUTSIDE = CfgNode()\n    add_weight_config(cfg.DISTILL.OUTSIDE, 3.0)\n"
+        + REGISTERED
+    )
+    yaml = (
+        "DISTILL: {DISTILLERS: [OutsideDistiller], IMPORTS: [outside_distiller], OUTSIDE: {DECAY: 0.5}}\nVERSION: 2\n"
+    )
+    (tmp_path / "base.yaml").write_text(yaml)
+    (tmp_path / "child.yaml").write_text("_BASE_: base.yaml\nDISTILL: {OUTSIDE: {WARMUP_ITERS: 7}}\n")
+    cfg = load_config(str(tmp_path / "child.yaml"), ["DISTILL.OUTSIDE.LOSS_WEIGHT", "2.0"])
+    (distiller,) = build_distillers(cfg, shapes("p3"), shapes("p3")).values()
+    assert (distiller.loss_weight, distiller.warmup_iters, distiller.decay) == (2.0, 7, 0.5)
+    # what is written to OUTPUT_DIR reads back alike
+    (tmp_path / "written.yaml").write_text(cfg.dump())
+    assert load_config(str(tmp_path / "written.yaml")).DISTILL == cfg.DISTILL
+    # and by the command line
+    (tmp_path / "plain.yaml").write_text("VERSION: 2\n")
+    opts = ["DISTILL.OUTSIDE.DECAY", "1.0", "DISTILL.IMPORTS", "['outside_distiller']"]
+    assert load_config(str(tmp_path / "plain.yaml"), opts).DISTILL.OUTSIDE.DECAY == 1.0
+    with pytest.raises(DistillError, match="Unknown key 'DISTILL.OUTSIDE.DECAI'.*nearest .*'DISTILL.OUTSIDE.DECAY'"):
+        load_config(str(tmp_path / "written.yaml"), ["DISTILL.OUTSIDE.DECAI", "1.0"])
+
+
+@pytest.mark.parametrize("imports", ["x", "3", "[3]", "{a: b}"])
+def test_imports_that_are_no_list_of_names_are_refused(tmp_path, imports):
+    (tmp_path / "c.yaml").write_text(f"DISTILL: {{IMPORTS: {imports}}}\nVERSION: 2\n")
+    with pytest.raises(DistillError, match="IMPORTS"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+def test_modules_are_found_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "some_project").mkdir()
+    (tmp_path / "some_project" / "part.py").write_text("def add_config(cfg):\n    cfg.DISTILL.PART = 5\n")
+    (tmp_path / "c.yaml").write_text("DISTILL: {IMPORTS: [some_project.part], PART: 6}\nVERSION: 2\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_config("c.yaml").DISTILL.PART == 6
+
+
+def test_two_of_one_kind_have_settings_of_their_own():
+    variants = CfgNode({"boxes": {"IMITATION": {"REGION": "boxes", "LOSS_WEIGHT": 5.0}}})
+    distillers = build(
+        "ImitationDistiller",
+        "ImitationDistiller/boxes",
+        imports=(),
+        **{"DISTILL.VARIANTS": variants, "DISTILL.IMITATION.NORM": "l1"},
+    )
+    assert list(distillers) == ["ImitationDistiller", "ImitationDistiller/boxes"]
+    first, second = distillers.values()
+    assert (first.region, first.loss_weight, first.norm) == ("all", 1.0, "l1")
+    assert (second.region, second.loss_weight, second.norm) == ("boxes", 5.0, "l1")
+
+
+def test_variants_come_from_a_file_and_the_command_line(tmp_path):
+    (tmp_path / "base.yaml").write_text("DISTILL: {VARIANTS: {fine: {REVIEW: {LEVELS: [p2]}}}}\nVERSION: 2\n")
+    (tmp_path / "c.yaml").write_text("_BASE_: base.yaml\nDISTILL: {VARIANTS: {fine: {REVIEW: {NORM: GN}}}}\n")
+    cfg = load_config(str(tmp_path / "c.yaml"), ["DISTILL.VARIANTS.fine.REVIEW.NORM", "BN"])
+    assert cfg.DISTILL.VARIANTS.fine.REVIEW == {"LEVELS": ["p2"], "NORM": "BN"}
+
+
+@pytest.mark.parametrize(
+    "names, variants, message",
+    [
+        (["ImitationDistiller/x"], {}, "names the variant 'x', but DISTILL.VARIANTS has: none"),
+        (["ImitationDistiller/x"], {"y": {}}, "names the variant 'x', but DISTILL.VARIANTS has: y"),
+        (
+            ["ImitationDistiller/x"],
+            {"x": {"IMITATION": {"REGIO": "all"}}},
+            "Unknown key 'IMITATION.REGIO' in DISTILL.VARIANTS.x.*'IMITATION.REGION'",
+        ),
+        (["ImitationDistiller/x.y"], {"x.y": {}}, "'ImitationDistiller/x.y': a variant's name must not contain a dot"),
+        (["Imitation/x"], {"x": {}}, "Unknown distiller 'Imitation'"),
+    ],
+)
+def test_mistakes_with_variants_are_named(names, variants, message):
+    with pytest.raises(DistillError, match=message):
+        build(*names, imports=(), **{"DISTILL.VARIANTS": CfgNode(variants)})
 
 
 def test_inheriting_needs_no_distiller():
     cfg = detector_cfg("faster_rcnn")
     set_all(cfg, {"DISTILL.DISTILLERS": [], "DISTILL.STUDENT.INHERIT": ["backbone.fpn_"]})
     assert not build_distillers(cfg, shapes("p3"), shapes("p3"))
+
+
+@pytest.mark.parametrize("kind", ["auto", "1x1", "3x3"])
+def test_an_adaptation_starts_as_the_identity_where_channels_agree(kind):
+    teacher = {"p3": ShapeSpec(channels=8, stride=8), "p4": ShapeSpec(channels=12, stride=16)}
+    adaptation = build_adaptation(["p3", "p4"], shapes("p3", "p4"), teacher, kind)
+    x = torch.randn(2, 8, 6, 7)
+    torch.testing.assert_close(adaptation["p3"](x), x)
+    assert adaptation["p4"](x).shape == (2, 12, 6, 7)
+    assert isinstance(adaptation["p3"], torch.nn.Identity) == (kind == "auto")
+    assert adaptation["p4"].kernel_size == ((3, 3) if kind == "3x3" else (1, 1))

@@ -1,0 +1,53 @@
+"""The Pearson project: its formula, its config, and a step with student and teacher of different families."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from distill.config import load_config
+from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, write_teacher
+
+
+def test_is_one_minus_the_correlation_of_each_channel():
+    from projects.PearsonDistiller.pearson import pearson_loss
+
+    rng = np.random.default_rng()
+    student, teacher = rng.normal(size=(2, 2, 5, 6, 7)) * 3 + 1
+    expected = np.mean([1 - np.corrcoef(student[:, c].ravel(), teacher[:, c].ravel())[0, 1] for c in range(5)])
+    loss = pearson_loss(torch.from_numpy(student), torch.from_numpy(teacher))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    scaled = pearson_loss(torch.from_numpy(5 * student - 2), torch.from_numpy(teacher))
+    assert scaled.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_constant_channels_and_half_precision_stay_finite():
+    from projects.PearsonDistiller.pearson import pearson_loss
+
+    features = torch.zeros(1, 2, 4, 4, dtype=torch.float16, requires_grad=True)
+    loss = pearson_loss(features, torch.randn(1, 2, 4, 4, dtype=torch.float16))
+    loss.backward()
+    assert loss.dtype == torch.float32 and torch.isfinite(features.grad).all()
+
+
+def test_the_config_brings_its_own_keys(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = "projects/PearsonDistiller/demo.yaml"
+    cfg = load_config(path, ["DISTILL.PEARSON.LEVELS", "['p3']", "DISTILL.PEARSON.LOSS_WEIGHT", "0.25"])
+    assert cfg.DISTILL.PEARSON.LEVELS == ["p3"] and cfg.DISTILL.PEARSON.LOSS_WEIGHT == 0.25
+
+
+def test_a_retinanet_learns_from_a_faster_rcnn(tmp_path):
+    teacher = write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=24))
+    base = distillation_cfg(detector_cfg("retinanet"), teacher)
+    (tmp_path / "config.yaml").write_text(base.dump())
+    opts = ["DISTILL.IMPORTS", "['projects.PearsonDistiller.pearson']", "DISTILL.DISTILLERS", "['PearsonDistiller']"]
+    model = build_model(load_config(str(tmp_path / "config.yaml"), opts)).train()
+    assert model.distillers["PearsonDistiller"].levels == ["p3", "p4", "p5", "p6"]
+    with EventStorage():
+        losses = model(random_batch((64, 96), (61, 75)))
+    losses["loss_pearson"].backward()
+    assert 0 < losses["loss_pearson"].item() < 8
+    assert all(p.grad.abs().sum() > 0 for p in model.distillers.parameters() if p.dim() > 1)
+    assert model.student.backbone.fpn_output3.weight.grad.abs().sum() > 0
