@@ -23,7 +23,12 @@ def test_two_processes_step_like_one(tmp_path):
     cfg = distillation_cfg(
         student,
         write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=32)),
-        **{"DISTILL.REVIEW.NORM": "GN", "DISTILL.REVIEW.MID_CHANNELS": 32},
+        **{
+            "DISTILL.DISTILLERS": ["ReviewDistiller", "ImitationDistiller"],
+            "DISTILL.REVIEW.NORM": "GN",
+            "DISTILL.REVIEW.MID_CHANNELS": 32,
+            "DISTILL.BALANCE": 0.5,
+        },
     )
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     torch.save(random_batch((64, 96), (64, 96), (60, 96), (64, 90)), tmp_path / "batch.pth")
@@ -34,9 +39,12 @@ def test_two_processes_step_like_one(tmp_path):
         result = run_script(*launcher, *worker, str(tmp_path / name))
         assert result.returncode == 0, result.stderr[-3000:]
         record = json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[-1])
-        losses.append({key: value for key, value in record.items() if "loss" in key})
+        losses.append({key: value for key, value in record.items() if "loss" in key or "ratio" in key})
         weights.append(torch.load(tmp_path / name / "model_final.pth")["model"])
     assert losses[0].keys() == losses[1].keys() and losses[0]["loss_review"] > 0
+    for name in ("ReviewDistiller", "ImitationDistiller"):
+        assert losses[0][f"loss_weight/{name}"] != 1
+        assert abs(losses[0][f"gradient_ratio/{name}"] - 0.5) < 1e-4
     for key, value in losses[0].items():
         assert abs(value - losses[1][key]) <= 1e-4 * max(1, abs(value)), key
     initial = torch.load(tmp_path / "batch.pth.initial")

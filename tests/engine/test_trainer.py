@@ -1,5 +1,8 @@
 """What the trainer adds to Detectron2's."""
 
+import json
+import math
+
 import pytest
 import torch
 from detectron2.engine import HookBase
@@ -41,6 +44,47 @@ def test_a_distillers_hooks_run_with_the_trainer(tmp_path, monkeypatch):
     assert counter.steps == [0, 1, 2]
     after = trainer.model.teacher.model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())  # training leaves the teacher alone
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_distillers_weight_that_gets_no_gradient_ends_the_first_step(tmp_path, frozen):
+    cfg = distillation_cfg(
+        detector_cfg("faster_rcnn", **{"SOLVER.MAX_ITER": 3, "OUTPUT_DIR": str(tmp_path / "out")}),
+        write_teacher(tmp_path, detector_cfg("faster_rcnn")),
+    )
+    trainer = OneBatchTrainer(cfg)
+    forgotten = torch.nn.Linear(2, 2).requires_grad_(not frozen)
+    trainer.model.distillers["ReviewDistiller"].forgotten = forgotten
+    trainer.resume_or_load(resume=False)
+    if frozen:
+        trainer.train()
+        assert trainer.iter == 3
+    else:
+        with pytest.raises(DistillError, match="2 weights of ReviewDistiller got no gradient .* forgotten.weight, "):
+            trainer.train()
+        assert trainer.iter == 0
+
+
+def test_the_balance_is_kept_in_the_checkpoint_and_goes_on_from_it(tmp_path):
+    settings = {"SOLVER.MAX_ITER": 3, "OUTPUT_DIR": str(tmp_path / "out")}
+    cfg = distillation_cfg(
+        detector_cfg("faster_rcnn", **settings),
+        write_teacher(tmp_path, detector_cfg("faster_rcnn")),
+        **{"DISTILL.BALANCE": 0.5, "DISTILL.GRADIENT_LOG_PERIOD": 2},
+    )
+    trainer = OneBatchTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    state = trainer.model.state_dict()["distillers.ReviewDistiller.gradient_ratio"]
+    assert state[1] == 2  # iterations 0 and 2
+    cfg.SOLVER.MAX_ITER = 4
+    resumed = OneBatchTrainer(cfg)
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    assert torch.equal(resumed.model.distillers["ReviewDistiller"].gradient_ratio, state)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
+    weights = [line["loss_weight/ReviewDistiller"] for line in lines]
+    assert weights[-1] == pytest.approx(0.5 / math.exp(state[0]), rel=1e-5)
 
 
 def test_adamw_has_detectron2s_groups_and_clipping(tmp_path):
