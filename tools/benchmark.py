@@ -5,7 +5,8 @@
 
 The batch is random images of the config's training size (INPUT.MIN_SIZE_TRAIN x MAX_SIZE_TRAIN, SOLVER.IMS_PER_BATCH
 of them) with random boxes; weights are random, so neither data nor checkpoints are needed. The parts run in turns,
-round after round, so that a machine whose speed drifts slows all of them alike.
+round after round, so that a machine whose speed drifts slows all of them alike. Beside the parts that make up a step
+stands the student's backbone alone, to which each of them is compared.
 """
 
 import argparse
@@ -37,6 +38,8 @@ from distill.modeling import DetectorView, DistillationModel, Teacher
 from distill.modeling.teacher import teacher_config
 
 logger = logging.getLogger("detectron2.benchmark")
+
+BACKBONE = "student's backbone alone, forward and backward"
 
 
 def random_batch(cfg: CfgNode, boxes_per_image: int = 8) -> list[dict]:
@@ -138,11 +141,18 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
             loss = sum(distiller(*views).values())
         loss.backward()
 
+    def backbone() -> None:
+        with autocast():
+            features = student.backbone(images)
+        sum(level.float().sum() for level in features.values()).backward()
+        model._tap.take()  # the tap holds them
+
     def teach() -> None:
         with autocast():
             teacher.view(batch).features  # noqa: B018  computed when it is asked for
 
     parts = {
+        BACKBONE: backbone,
         "student's own step": lambda: step(student, own_optimizer),
         "teacher's forward": teach,
     }
@@ -156,8 +166,9 @@ def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> t
     """Times the parts in turns.
 
     Returns:
-        A row for each part (median, minimum and maximum in ms; peak memory in MiB), and the median over the rounds
-        of the full step's time divided by the sum of all other parts'.
+        A row for each part (median, minimum and maximum in ms; the median over the rounds of its time divided by the
+        backbone's; peak memory in MiB), and the median over the rounds of the full step's time divided by the sum of
+        the times of the parts that it consists of.
     """
     memory = PeakMemory(device)
     times: dict[str, list[float]] = {name: [] for name in parts}
@@ -183,11 +194,12 @@ def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> t
             "ms": statistics.median(values),
             "min ms": min(values),
             "max ms": max(values),
+            "/ backbone": statistics.median(part / whole for part, whole in zip(values, times[BACKBONE])),
             "peak MiB": peaks[name],
         }
         for name, values in times.items()
     ]
-    *others, full = times.values()
+    _, *others, full = times.values()
     ratio = statistics.median(whole / sum(pieces) for whole, *pieces in zip(full, *others))
     return rows, ratio
 
@@ -210,7 +222,7 @@ def main() -> None:
     except DistillError as error:
         sys.exit(f"error: {error}")
     device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE.startswith("cuda") else "CPU"
-    print(tabulate(rows, headers="keys", floatfmt=".1f", tablefmt="pipe"))
+    print(tabulate(rows, headers="keys", floatfmt=("", ".1f", ".1f", ".1f", ".3f", ".1f"), tablefmt="pipe"))
     print(f"\nfull step / sum of its parts: {ratio:.3f} (median of {args.rounds} rounds, {device})")
     if args.json:
         content = {"config": args.config_file, "device": device, "rounds": args.rounds, "rows": rows, "ratio": ratio}

@@ -19,7 +19,14 @@ def test_reports_every_part(tmp_path, kind):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     content = json.loads(output.read_text())
-    parts = ["student's own step", "teacher's forward", "ReviewDistiller, forward and backward", "full step"]
+    parts = [
+        "student's backbone alone, forward and backward",
+        "student's own step",
+        "teacher's forward",
+        "ReviewDistiller, forward and backward",
+        "full step",
+    ]
     assert [row["part"] for row in content["rows"]] == parts
     assert all(row["min ms"] <= row["ms"] <= row["max ms"] and row["peak MiB"] > 0 for row in content["rows"])
+    assert content["rows"][0]["/ backbone"] == 1 and all(row["/ backbone"] > 0 for row in content["rows"])
     assert f"full step / sum of its parts: {content['ratio']:.3f}" in result.stdout

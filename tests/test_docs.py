@@ -1,0 +1,87 @@
+"""The code that the documentation shows works as it stands."""
+
+import re
+import sys
+import textwrap
+
+import pytest
+import yaml
+from detectron2.modeling import build_model
+
+from distill.config import load_config
+from distill.distillers import DISTILLER_REGISTRY
+from distill.engine import Trainer
+from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, write_teacher
+
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """The page's modules, importable for one test."""
+    known = dict(DISTILLER_REGISTRY._obj_map)
+    blocks = [textwrap.dedent(x) for x in re.findall(r"^ *```python\n(.*?)^ *```", EXTENDING, re.DOTALL | re.MULTILINE)]
+    parts = {}
+    for block in blocks:
+        name = re.match(r"# (\w+)\.py", block).group(1)
+        parts[name] = parts.get(name, "") + block
+    for name, code in parts.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield list(parts)
+    DISTILLER_REGISTRY._obj_map.clear()
+    DISTILLER_REGISTRY._obj_map.update(known)
+    for name in parts:
+        sys.modules.pop(name, None)
+
+
+def test_the_page_shows_two_modules(modules):
+    assert modules == ["my_distiller", "more_distillers"]
+
+
+def test_the_smallest_distiller_trains(tmp_path, modules):
+    cfg = distillation_cfg(
+        detector_cfg("retinanet"),
+        write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=32)),
+        **{"DISTILL.IMPORTS": ["my_distiller"], "DISTILL.DISTILLERS": ["PlainDistiller"]},
+    )
+    model = build_model(cfg).train()
+    losses = model(random_batch((64, 96)))
+    losses["loss_plain"].backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.distillers.parameters())
+
+
+def test_the_distiller_with_keys_hooks_and_the_box_head_trains(tmp_path, modules):
+    class OneBatchTrainer(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            empty = random_batch((64, 96))
+            empty[0]["instances"] = empty[0]["instances"][[]]
+            return [random_batch((64, 96)), empty]
+
+    cfg = distillation_cfg(
+        detector_cfg("faster_rcnn", **{"SOLVER.MAX_ITER": 2, "OUTPUT_DIR": str(tmp_path / "out")}),
+        write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=32)),
+        **{"DISTILL.DISTILLERS": ["AnswersDistiller"]},
+    )
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    opts = ["DISTILL.IMPORTS", "['more_distillers']", "DISTILL.ANSWERS.TEMPERATURE", "3.0"]
+    trainer = OneBatchTrainer(load_config(str(tmp_path / "config.yaml"), opts))
+    assert trainer.model.distillers["AnswersDistiller"].temperature == 3.0
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    boxes = [value for value, _ in trainer.storage.history("boxes").values()]
+    losses = [value for value, _ in trainer.storage.history("loss_answers").values()]
+    assert boxes == [3, 0] and losses[0] > 0 and losses[1] == 0
+
+
+def test_the_variants_of_the_page_are_read(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", EXTENDING, re.DOTALL)
+    cfg = distillation_cfg(detector_cfg("retinanet"), write_teacher(tmp_path, detector_cfg("retinanet")))
+    (tmp_path / "base.yaml").write_text(cfg.dump())
+    text = yaml.safe_dump({"_BASE_": "base.yaml", **yaml.safe_load(block)})
+    (tmp_path / "config.yaml").write_text(text)
+    model = build_model(load_config(str(tmp_path / "config.yaml"))).train()
+    losses = model(random_batch((64, 96)))
+    assert {"loss_imitation", "loss_imitation_boxes"} < losses.keys()
+    assert model.distillers["ImitationDistiller/boxes"].loss_weight == 2.0
