@@ -29,9 +29,14 @@ class Distiller(nn.Module):
         warmup_iters: the weight grows linearly from zero over so many iterations.
         decay: the weight falls linearly to zero over this last part of the training, from 0 (never) to 1 (all along).
 
+    Attributes:
+        undecayed: names of losses whose weight does not fall.
+
     Raises:
-        DistillError: one of them is out of range.
+        DistillError: one of the arguments is out of range.
     """
+
+    undecayed: Sequence[str] = ()
 
     def __init__(self, loss_weight: float = 1.0, warmup_iters: int = 0, decay: float = 0.0) -> None:
         super().__init__()
@@ -60,18 +65,20 @@ class Distiller(nn.Module):
         """
         return {"loss_weight": node.LOSS_WEIGHT, "warmup_iters": node.WARMUP_ITERS, "decay": node.DECAY}
 
-    def weight_at(self, iteration: int, max_iter: int) -> float:
-        """The weight of its losses at an iteration.
+    def weight_at(self, iteration: int, max_iter: int, loss: str = "") -> float:
+        """The weight of one of its losses at an iteration.
 
         Args:
             iteration: counted from 0.
             max_iter: number of iterations of the training.
+            loss: the name of the loss, as ``forward`` returns it.
 
         Returns:
             ``loss_weight`` times the two ramps.
         """
         grown = min(1.0, iteration / self.warmup_iters) if self.warmup_iters else 1.0
-        left = min(1.0, (max_iter - iteration) / (self.decay * max_iter)) if self.decay else 1.0
+        decay = 0.0 if loss in self.undecayed else self.decay
+        left = min(1.0, (max_iter - iteration) / (decay * max_iter)) if decay else 1.0
         return self.loss_weight * grown * left
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ class DistillationModel(nn.Module):
         if distilled:
             weights = self._loss_weights(detection, distilled, record[1])
             for name, own in distilled.items():
-                losses.update({key: loss * weights[name] for key, loss in own.items()})
+                losses.update({key: loss * weights[name][key] for key, loss in own.items()})
         return losses
 
     def inherit(self) -> None:

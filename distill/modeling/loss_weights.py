@@ -27,7 +27,8 @@ class LossWeights:
     losses, none through the backbone). With ``balance`` b, a distiller's losses are scaled by b / r, r being the
     running geometric mean of |distiller's gradient| / |detection losses' gradient|, over the images of all processes.
     It is kept in the distiller's ``gradient_ratio``, and so in the checkpoint. To Detectron2's event storage go
-    ``loss_weight/NAME`` and ``gradient_ratio/NAME``, the latter with the weight as it is applied.
+    ``weight/LOSS`` of each loss and ``gradient_ratio/NAME`` of each distiller, the latter times the weight that is
+    applied (of several, the largest).
 
     Args:
         distillers: by name.
@@ -60,7 +61,7 @@ class LossWeights:
         detection: Mapping[str, Tensor],
         distilled: Mapping[str, Mapping[str, Tensor]],
         features: Mapping[str, Tensor],
-    ) -> dict[str, float]:
+    ) -> dict[str, dict[str, float]]:
         """
         Args:
             detection: the student's detection losses, ``Tensor[]`` by name.
@@ -68,7 +69,7 @@ class LossWeights:
             features: the student's features by level, from which all of these were computed.
 
         Returns:
-            For each distiller, what its losses are to be multiplied by.
+            For each distiller, what each of its losses is to be multiplied by.
 
         Raises:
             DistillError: a distiller's losses do not depend on the student's features, or nothing can be balanced.
@@ -76,22 +77,26 @@ class LossWeights:
         storage = get_event_storage()
         if self._balance and not self._scales:
             self._update_scales()  # what a checkpoint brought
-        weights = self._weights(storage.iter)
         if self._period and torch.is_grad_enabled():
             unmeasured = self._balance and len(self._scales) < len(self._distillers)
             if storage.iter % self._period == 0 or unmeasured:
                 ratios = self._measure(detection, distilled, list(features.values()))
                 self._update_scales()
-                weights = self._weights(storage.iter)
-                self._report(ratios, weights)
-        for name, weight in weights.items():
-            storage.put_scalar(f"loss_weight/{name}", weight, smoothing_hint=False)
+                self._report(ratios, self._weights(distilled, storage.iter))
+        weights = self._weights(distilled, storage.iter)
+        for losses in weights.values():
+            for key, weight in losses.items():
+                storage.put_scalar(f"weight/{key}", weight, smoothing_hint=False)
         return weights
 
-    def _weights(self, iteration: int) -> dict[str, float]:
+    def _weights(self, distilled: Mapping[str, Mapping[str, Tensor]], iteration: int) -> dict[str, dict[str, float]]:
         return {
-            name: distiller.weight_at(iteration, self._max_iter) * self._scales.get(name, 1.0)
-            for name, distiller in self._distillers.items()
+            name: {
+                key: self._distillers[name].weight_at(iteration, self._max_iter, _own_name(key, name))
+                * self._scales.get(name, 1.0)
+                for key in losses
+            }
+            for name, losses in distilled.items()
         }
 
     def _update_scales(self) -> None:
@@ -135,9 +140,10 @@ class LossWeights:
             state.copy_(torch.tensor([momentum * mean_log + (1 - momentum) * math.log(ratio), count + 1]))
         return ratios
 
-    def _report(self, ratios: Mapping[str, float], weights: Mapping[str, float]) -> None:
+    def _report(self, ratios: Mapping[str, float], weights: Mapping[str, Mapping[str, float]]) -> None:
         storage = get_event_storage()
-        applied = {name: ratio * weights[name] for name, ratio in ratios.items()}
+        largest = {name: max(losses.values(), default=0.0) for name, losses in weights.items()}
+        applied = {name: ratio * largest[name] for name, ratio in ratios.items()}
         for name, ratio in applied.items():
             storage.put_scalar(f"gradient_ratio/{name}", ratio, smoothing_hint=False)
             self._times_high[name] = self._times_high[name] + 1 if ratio > _HIGH_RATIO else 0
@@ -148,8 +154,14 @@ class LossWeights:
                     "its LOSS_WEIGHT, or set DISTILL.BALANCE, such as 0.5."
                 )
         if applied:
-            texts = (f"{name} {ratio:.3g} (weight {weights[name]:.3g})" for name, ratio in applied.items())
+            texts = (f"{name} {ratio:.3g} (weight {largest[name]:.3g})" for name, ratio in applied.items())
             logger.info(f"Gradients at the features, relative to the detection losses': {', '.join(texts)}")
+
+
+def _own_name(key: str, distiller: str) -> str:
+    """The name that a distiller gave to a loss, before a variant's was added to it."""
+    _, slash, variant = distiller.partition("/")
+    return key.removesuffix(f"_{variant}") if slash else key
 
 
 def _squared_gradient_norm(losses: Mapping[str, Tensor], inputs: Sequence[Tensor], distiller: str | None) -> Tensor:

@@ -83,7 +83,7 @@ def test_the_balance_is_kept_in_the_checkpoint_and_goes_on_from_it(tmp_path):
     resumed.train()
     assert torch.equal(resumed.model.distillers["ReviewDistiller"].gradient_ratio, state)
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
-    weights = [line["loss_weight/ReviewDistiller"] for line in lines]
+    weights = [line["weight/loss_review"] for line in lines]
     assert weights[-1] == pytest.approx(0.5 / math.exp(state[0]), rel=1e-5)
 
 

@@ -93,7 +93,7 @@ def test_losses_and_weights_of_two_distillers_are_separate(tmp_path):
     weighted, logged = losses_of(plain, batch)
     for name, key in zip(weights, ("loss_review", "loss_structural", "loss_imitation")):
         torch.testing.assert_close(weighted[key], weights[name] * once[key])
-        assert logged[f"loss_weight/{name}"] == weights[name]
+        assert logged[f"weight/{key}"] == weights[name]
 
 
 def test_ramps_follow_the_iteration_of_the_trainer(tmp_path):
@@ -103,7 +103,7 @@ def test_ramps_follow_the_iteration_of_the_trainer(tmp_path):
     full, _ = losses_of(model, batch, 20)
     ramped, logged = losses_of(model, batch, 4)
     torch.testing.assert_close(ramped["loss_structural"], 0.4 * full["loss_structural"])
-    assert logged["loss_weight/StructuralDistiller"] == pytest.approx(0.4)
+    assert logged["weight/loss_structural"] == pytest.approx(0.4)
     decayed, _ = losses_of(model, batch, 90)
     torch.testing.assert_close(decayed["loss_imitation"], 0.2 * full["loss_imitation"])
     torch.testing.assert_close(decayed["loss_review"], full["loss_review"])

@@ -48,6 +48,17 @@ def make(*names, loss_weight=1.0, **settings):
     return distillers, LossWeights(distillers, max_iter=1000, **settings)
 
 
+def test_a_loss_may_be_left_out_of_the_decay():
+    distillers, loss_weights = make("A", "A/x")
+    for distiller in distillers.values():
+        distiller.decay, distiller.undecayed = 1.0, ["loss_b"]
+    x = torch.randn(3, requires_grad=True)
+    losses = {"A": {"loss_a": x.sum(), "loss_b": x.sum()}, "A/x": {"loss_a_x": x.sum(), "loss_b_x": x.sum()}}
+    with EventStorage(750):
+        weights = loss_weights({"loss": x.sum()}, losses, {"p2": x})
+    assert weights == {"A": {"loss_a": 0.25, "loss_b": 1.0}, "A/x": {"loss_a_x": 0.25, "loss_b_x": 1.0}}
+
+
 def step(loss_weights, distilled, iteration=0, dtype=torch.float32, size=1.0):
     """Weighs losses that are linear in random features; returns the weights and the expected ratios."""
     features = {"p2": torch.randn(2, 3, 8, 8, dtype=dtype), "p3": torch.randn(2, 3, 4, 4, dtype=dtype)}
@@ -65,6 +76,8 @@ def step(loss_weights, distilled, iteration=0, dtype=torch.float32, size=1.0):
     other = math.sqrt(4 * norms["p2"] + norms["p3"])
     with EventStorage(iteration) as storage:
         weights = loss_weights(detection, losses, features)
+    assert all(set(weights[name]) == {"loss_a", "loss_b"} for name in distilled)
+    weights = {name: own["loss_a"] for name, own in weights.items()}
     ratios = {name: scale * other / (size * own) for name, scale in distilled.items()}
     return weights, ratios, {key: value for key, (value, _) in storage.latest().items()}
 
@@ -72,10 +85,9 @@ def step(loss_weights, distilled, iteration=0, dtype=torch.float32, size=1.0):
 def test_measured_ratios_are_those_of_the_gradients_at_the_features():
     distillers, loss_weights = make("A", "B", loss_weight=0.5, period=10)
     weights, ratios, logged = step(loss_weights, {"A": 3.0, "B": 0.1})
-    assert weights == {"A": 0.5, "B": 0.5}
+    assert weights == {"A": 0.5, "B": 0.5} and logged["weight/loss_a"] == 0.5
     for name in ("A", "B"):
         assert logged[f"gradient_ratio/{name}"] == pytest.approx(0.5 * ratios[name], rel=1e-5)
-        assert logged[f"loss_weight/{name}"] == 0.5
         mean_log, count = distillers[name].gradient_ratio.tolist()
         assert count == 1 and math.exp(mean_log) == pytest.approx(ratios[name], rel=1e-5)
 
@@ -150,7 +162,7 @@ def test_a_loss_without_gradient_or_without_anything_is_not_counted():
     x = torch.randn(3, requires_grad=True)
     for _ in range(2):
         weights = loss_weights({"loss": x.sum()}, {"A": {"loss_a": 0 * x.sum()}, "B": {}}, {"p2": x})
-        assert weights == {"A": 1.0, "B": 1.0}
+        assert weights == {"A": {"loss_a": 1.0}, "B": {}}
     assert distillers["A"].gradient_ratio.tolist() == distillers["B"].gradient_ratio.tolist() == [0, 0]
 
 
@@ -178,7 +190,7 @@ def test_a_frozen_backbone_can_be_logged_but_not_balanced():
     x, head = torch.randn(3), torch.randn(3, requires_grad=True)
     losses = {"loss": (x * head).sum()}, {"A": {"loss_a": head.sum()}}, {"p2": x}
     _, loss_weights = make("A", period=1)
-    assert loss_weights(*losses) == {"A": 1.0}
+    assert loss_weights(*losses) == {"A": {"loss_a": 1.0}}
     _, loss_weights = make("A", period=1, balance=1.0)
     with pytest.raises(DistillError, match="its whole backbone is frozen. Set DISTILL.BALANCE 0"):
         loss_weights(*losses)
