@@ -1,0 +1,5 @@
+"""Prototypes of classes: how they are picked, and how their candidates are collected from a data set."""
+
+from .select import dense_instances, select_prototypes
+
+__all__ = ["dense_instances", "select_prototypes"]
