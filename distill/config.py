@@ -16,6 +16,9 @@ from .errors import DistillError
 
 CN = CfgNode
 
+# the node of MODEL that has NUM_CLASSES, by meta-architecture
+CLASS_NODES = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
+
 # what yacs and fvcore raise for a file or an override that they cannot merge
 _MERGE_ERRORS = (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError)
 
@@ -104,6 +107,40 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Which cells count: "all", "boxes" (those that touch a ground-truth box) or "gaussian" (a Gaussian around the
     # centre of each box, as wide and high as the box asks for)
     _C.DISTILL.IMITATION.REGION = "all"
+
+    # Global knowledge (arXiv 2210.09022). DECAY is for its global and local parts; the response part keeps its weight.
+    _C.DISTILL.GLOBAL = CN()
+    add_weight_config(_C.DISTILL.GLOBAL)
+    _C.DISTILL.GLOBAL.DECAY = 1.0
+    # FPN levels to compare. Empty: all that student and teacher share.
+    _C.DISTILL.GLOBAL.LEVELS = []
+    # Prototypes of a class at a level, and how they are picked, see distill.prototypes.select_prototypes
+    _C.DISTILL.GLOBAL.NUM_PROTOTYPES = 10
+    _C.DISTILL.GLOBAL.ALPHA = 10.0
+    _C.DISTILL.GLOBAL.DENSITY_SIGMA = 0.1
+    _C.DISTILL.GLOBAL.DENSITY_QUANTILE = 0.4
+    # Iterations from one search for prototypes to the next. 0: an epoch.
+    _C.DISTILL.GLOBAL.UPDATE_PERIOD = 0
+    # Images that are searched for a class, and the shorter side of a box, in pixels as the detectors see it
+    _C.DISTILL.GLOBAL.MAX_IMAGES = 800
+    _C.DISTILL.GLOBAL.MIN_BOX_SIZE = 30
+    # Which boxes are compared: "proposals" (the student's sampled positive ones; of a dense detector, the annotations)
+    # or "ground_truth"
+    _C.DISTILL.GLOBAL.INSTANCES = "proposals"
+    # Distances to the prototypes
+    _C.DISTILL.GLOBAL.GLOBAL_ON = True
+    _C.DISTILL.GLOBAL.GLOBAL_WEIGHT = 5.0
+    # Features, inside and outside of the boxes
+    _C.DISTILL.GLOBAL.LOCAL_ON = True
+    _C.DISTILL.GLOBAL.LOCAL_FOREGROUND_WEIGHT = 4.0
+    _C.DISTILL.GLOBAL.LOCAL_BACKGROUND_WEIGHT = 1.0
+    # Empty: their squared difference. Or a distiller that takes weights, such as "ImitationDistiller", with the
+    # settings of its own node
+    _C.DISTILL.GLOBAL.LOCAL_DISTILLER = ""
+    # Classifications of the same boxes, softened by the temperature
+    _C.DISTILL.GLOBAL.RESPONSE_ON = True
+    _C.DISTILL.GLOBAL.RESPONSE_WEIGHT = 1.0
+    _C.DISTILL.GLOBAL.TEMPERATURE = 2.0
 
     # Data sets to register first: "name=voc:ROOT:SPLIT[:class,class,...]" or "name=coco:JSON:IMAGE_ROOT"
     _C.DATASETS.REGISTER = []
@@ -312,6 +349,24 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.BACKBONE.NAME != "build_torchvision_fpn_backbone":
         del cfg.MODEL["TORCHVISION"]
     return cfg
+
+
+def num_classes(cfg: CfgNode) -> int:
+    """How many classes the student tells apart.
+
+    Args:
+        cfg: the full config, or the student's.
+
+    Returns:
+        The number, without background.
+
+    Raises:
+        DistillError: the student is of a family that keeps it elsewhere.
+    """
+    arch = student_config(cfg).MODEL.META_ARCHITECTURE
+    if arch not in CLASS_NODES:
+        raise DistillError(f"The number of classes of a {arch} is not known: expected one of {', '.join(CLASS_NODES)}.")
+    return cfg.MODEL[CLASS_NODES[arch]].NUM_CLASSES
 
 
 def _named_imports(loaded: Any, opts: Sequence[str]) -> list[str]:

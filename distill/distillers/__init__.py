@@ -3,6 +3,7 @@
 from .adaptation import build_adaptation
 from .base import Distiller, shared_levels
 from .build import DISTILLER_REGISTRY, build_distillers
+from .global_knowledge import GlobalKnowledgeDistiller
 from .imitation import ImitationDistiller
 from .review import ReviewDistiller
 from .structural import StructuralDistiller
@@ -10,6 +11,7 @@ from .structural import StructuralDistiller
 __all__ = [
     "DISTILLER_REGISTRY",
     "Distiller",
+    "GlobalKnowledgeDistiller",
     "ImitationDistiller",
     "ReviewDistiller",
     "StructuralDistiller",

@@ -54,14 +54,24 @@ class ImitationDistiller(Distiller):
             **cls.weight_settings(node),
         }
 
-    def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
+    def forward(
+        self, student: DetectorView, teacher: DetectorView, weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """See :meth:`Distiller.forward`.
+
+        Args:
+            student: the student's view.
+            teacher: the teacher's view.
+            weights: by level, ``Tensor[N, 1, H, W]``, weights of the cells beside those of the region.
+        """
         features = [self.adaptation[level](student.features[level]) for level in self.levels]
         target = [teacher.features[level] for level in self.levels]
-        weights = None
+        cells = None if weights is None else [weights[level] for level in self.levels]
         if self.region != "all":
             boxes = [x.gt_boxes.tensor for x in student.ground_truth]
-            weights = [
+            regions = [
                 region_weights(boxes, tuple(x.shape[2:]), student.strides[level], self.region)
                 for level, x in zip(self.levels, target)
             ]
-        return {"loss_imitation": imitation_loss(features, target, self.norm, weights)}
+            cells = regions if cells is None else [x * y for x, y in zip(regions, cells)]
+        return {"loss_imitation": imitation_loss(features, target, self.norm, cells)}

@@ -65,6 +65,9 @@ class DistillationModel(nn.Module):
         self._inherit = list(inherit)
         inheritable_weights(student, teacher.model, self._inherit)  # an error now rather than after the data is loaded
         self._tap = FeatureTap(student.backbone)
+        # what the student's own heads computed is there for the distillers to see
+        parts = {name: getattr(student, name, None) for name in ("roi_heads", "head")}
+        self._head_taps = {name: FeatureTap(part) for name, part in parts.items() if part is not None}
         self._check_padding()
         self.register_state_dict_post_hook(_strip_student_prefix)
         self.register_load_state_dict_pre_hook(_add_student_prefix)
@@ -131,7 +134,8 @@ class DistillationModel(nn.Module):
                 teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
             detection = dict(self.student(batched_inputs))
             record = self._tap.take()
-            student = DetectorView(self.student, batched_inputs, lambda: record, frozen=False)
+            outputs = {name: tap.take()[1] for name, tap in self._head_taps.items()}
+            student = DetectorView(self.student, batched_inputs, lambda: record, frozen=False, outputs=outputs)
             distilled: dict[str, dict[str, Tensor]] = {}
             taken = set(detection)
             for name, distiller in self.distillers.items():
@@ -143,6 +147,23 @@ class DistillationModel(nn.Module):
             for name, own in distilled.items():
                 losses.update({key: loss * weights[name][key] for key, loss in own.items()})
         return losses
+
+    def frozen_views(self, batched_inputs: list[dict]) -> tuple[DetectorView, DetectorView]:
+        """Views of both sides without gradient, for what happens between steps.
+
+        Args:
+            batched_inputs: a batch in Detectron2's format.
+
+        Returns:
+            The student's view and the teacher's; nothing is run until it is asked for, the student in the mode that it
+            is in by then.
+        """
+
+        def features() -> tuple[Tensor, dict[str, Tensor]]:
+            images = self.student.preprocess_image(batched_inputs).tensor
+            return images, self.student.backbone(images)
+
+        return DetectorView(self.student, batched_inputs, features, frozen=True), self.teacher.view(batched_inputs)
 
     def inherit(self) -> None:
         """Copies the weights that the constructor's ``inherit`` names from the teacher to the student.

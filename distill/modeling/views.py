@@ -1,10 +1,11 @@
 """What a distiller may see of a detector for one batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ class FeatureTap:
     def take(self) -> tuple[Any, Any]:
         """Returns the recorded (first argument, output) and forgets it, so that it holds no graph alive."""
         if self._record is None:
-            raise DistillError("The student's forward pass did not run its backbone, so there is nothing to distil.")
+            raise DistillError("The student's forward pass did not run all of it, so there is nothing to distil.")
         record, self._record = self._record, None
         return record
 
@@ -42,6 +43,7 @@ class DetectorView:
         batched_inputs: the batch, in Detectron2's format.
         compute_features: returns the padded, normalised images and the features by level.
         frozen: whether the detector is a teacher, all of whose results come without gradient.
+        outputs: what modules of the detector returned in this step, by their names ("roi_heads", "head").
 
     Attributes:
         strides: stride of each level, in pixels.
@@ -54,11 +56,13 @@ class DetectorView:
         batched_inputs: list[dict],
         compute_features: Callable[[], tuple[Tensor, dict[str, Tensor]]],
         frozen: bool,
+        outputs: Mapping[str, Any] | None = None,
     ) -> None:
         self._detector = detector
         self._batched_inputs = batched_inputs
         self._compute_features = compute_features
         self._frozen = frozen
+        self._outputs = outputs or {}
         self.strides: dict[str, int] = {k: v.stride for k, v in detector.backbone.output_shape().items()}
         self.image_sizes: list[tuple[int, int]] = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
 
@@ -82,6 +86,63 @@ class DetectorView:
         """The annotations of each image, on the detector's device."""
         return [x["instances"].to(self._detector.device) for x in self._batched_inputs]
 
+    @property
+    def has_box_head(self) -> bool:
+        """Whether the detector classifies boxes that it is given (R-CNN), rather than anchors."""
+        return hasattr(getattr(self._detector, "roi_heads", None), "box_pooler")
+
+    @property
+    def proposals(self) -> list[Instances]:
+        """The proposals of each image that the student's box head was trained on in this step: ``proposal_boxes``, and
+        ``gt_classes`` with the number of classes for background."""
+        if "roi_heads" not in self._outputs:
+            raise DistillError(
+                f"This view of a {type(self._detector).__name__} has no sampled proposals: a student has them that is "
+                "a Faster, Mask or Cascade R-CNN."
+            )
+        return self._outputs["roi_heads"][0]
+
+    @property
+    def anchor_logits(self) -> Tensor:
+        """Classification logits of a dense detector at all of its anchors (or points), ``Tensor[N, R, K]``.
+
+        Raises:
+            DistillError: the detector is none.
+        """
+        if not hasattr(self._detector, "head_in_features"):
+            raise DistillError(
+                f"{type(self._detector).__name__} has no anchors with classes: RetinaNet and FCOS have. Student and "
+                "teacher must be of one family to compare them."
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+            output = self._outputs.get("head") or self._detector.head(self._head_features)
+            classes = self._detector.num_classes
+            return torch.cat([permute_to_N_HWA_K(level, classes) for level in output[0]], 1)
+
+    @torch.no_grad()
+    def match_anchors(self) -> list[tuple[Tensor, Tensor]]:
+        """Which anchors (or points) of a dense detector its own matching assigns to an annotation.
+
+        Returns:
+            For each image the positive anchors, ``LongTensor[P]``, rows of :attr:`anchor_logits`, and the annotation of
+            each, ``LongTensor[P]``, rows of the image's :attr:`ground_truth`.
+        """
+        detector = self._detector
+        anchors = detector.anchor_generator(self._head_features)
+        matches = []
+        for labels, boxes, truth in zip(*detector.label_anchors(anchors, self.ground_truth), self.ground_truth):
+            positive = ((labels >= 0) & (labels < detector.num_classes)).nonzero()[:, 0]
+            matched = boxes[positive]
+            matched = matched.tensor if isinstance(matched, Boxes) else matched
+            same = (matched[:, None] == truth.gt_boxes.tensor[None]).all(2)
+            same &= labels[positive][:, None] == truth.gt_classes
+            matches.append((positive, same.int().argmax(1) if len(truth) else positive))
+        return matches
+
+    @property
+    def _head_features(self) -> list[Tensor]:
+        return [self.features[level] for level in self._detector.head_in_features]
+
     def box_head(self, boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
         """The box head's outputs on given boxes. Of a Cascade R-CNN, it is the first stage's, which is the one
         that sees proposals as they come.
@@ -96,12 +157,12 @@ class DetectorView:
         Raises:
             DistillError: the detector has no box head.
         """
-        heads = getattr(self._detector, "roi_heads", None)
-        if not hasattr(heads, "box_pooler"):
+        if not self.has_box_head:
             raise DistillError(
                 f"{type(self._detector).__name__} has no box head: what needs one works on Faster, Mask and Cascade "
                 "R-CNN with FPN."
             )
+        heads = self._detector.roi_heads
         box_head, box_predictor = (
             module[0] if isinstance(module, (nn.ModuleList, list)) else module
             for module in (heads.box_head, heads.box_predictor)

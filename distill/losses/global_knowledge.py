@@ -1,0 +1,189 @@
+"""Global knowledge: Tang, Zhang, Cheng et al., ECCV 2022, arXiv 2210.09022, section 3.3 (robust distillation, RDM)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import in_float32
+
+
+@in_float32
+def box_means(features: Tensor, boxes: Sequence[Tensor], stride: float) -> Tensor:
+    """Averages a level over boxes: over the cells from floor(x0 / stride) to floor(x1 / stride) inclusive, y alike.
+
+    The columns of a box are summed by differences of a running sum along each row, the rows by a product with their
+    mask: no loop over boxes, and no sum over a whole map whose rounding would drown a small box.
+
+    Args:
+        features: ``Tensor[N, C, H, W]``.
+        boxes: for each image a ``Tensor[M, 4]``, corners x0, y0, x1, y1 in pixels. What lies outside is clipped; a box
+            that lies outside as a whole is averaged over the nearest cells.
+        stride: of the level, in pixels.
+
+    Returns:
+        ``Tensor[R, C]``, R counting the boxes of all images.
+    """
+    means = []
+    for level, corners in zip(features, boxes, strict=True):
+        (first_x, last_x), (first_y, last_y) = _cells(corners, level.shape[1:], stride)
+        sums = F.pad(level.cumsum(2), (1, 0))  # [C, H, W + 1]
+        columns = sums.index_select(2, last_x + 1) - sums.index_select(2, first_x)  # [C, H, M]
+        rows = torch.arange(level.shape[1], device=level.device)[:, None]
+        inside = ((rows >= first_y) & (rows <= last_y)).to(level.dtype)  # [H, M]
+        count = (last_x - first_x + 1) * (last_y - first_y + 1)
+        means.append((columns * inside).sum(1).T / count[:, None])
+    return torch.cat(means)
+
+
+def box_levels(boxes: Tensor, num_levels: int) -> Tensor:
+    """The level that a box belongs to by its size: floor(log2(sqrt(area) / 56)), clamped to the levels there are.
+
+    Args:
+        boxes: ``Tensor[R, 4]``, corners in pixels.
+        num_levels: how many levels there are.
+
+    Returns:
+        ``LongTensor[R]``: 0 for the finest.
+    """
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    level = torch.log2(area.clamp(min=1e-6).sqrt() / 56).floor()
+    return level.clamp(0, num_levels - 1).long()
+
+
+def box_mask(boxes: Sequence[Tensor], values: Sequence[Tensor], size: tuple[int, int], stride: float) -> Tensor:
+    """Paints each box's value over its cells, the same as in :func:`box_means`; the larger value where boxes overlap.
+
+    Args:
+        boxes: for each image a ``Tensor[M, 4]``, corners in pixels.
+        values: for each image a ``Tensor[M]``, not negative.
+        size: height and width of the level, in cells.
+        stride: of the level, in pixels.
+
+    Returns:
+        ``Tensor[N, 1, H, W]``, the value, and -1 in cells that no box touches.
+    """
+    masks = []
+    for corners, value in zip(boxes, values, strict=True):
+        inside = []
+        for (first, last), length in zip(_cells(corners, size, stride)[::-1], size):
+            cells = torch.arange(length, device=corners.device)
+            inside.append((cells >= first[:, None]) & (cells <= last[:, None]))
+        painted = torch.where(inside[0][:, :, None] & inside[1][:, None, :], value[:, None, None].float(), -1.0)
+        masks.append(painted.amax(0) if len(painted) else painted.new_full(size, -1.0))
+    return torch.stack(masks)[:, None]
+
+
+def _cells(
+    corners: Tensor, size: tuple[int, int], stride: float
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """First and last column, and first and last row, of each box."""
+    cells = (corners / stride).floor().long()
+    x0, y0, x1, y1 = (cells[:, i].clamp(0, size[1 - i % 2] - 1) for i in range(4))
+    return (x0, x1), (y0, y1)
+
+
+@in_float32
+def prototype_similarity(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosine of each instance to each prototype of a level; 0 for a zero vector.
+
+    Args:
+        features: ``Tensor[N, D]``.
+        prototypes: ``Tensor[P, D]``.
+
+    Returns:
+        ``Tensor[N, P]``.
+    """
+    return F.normalize(features) @ F.normalize(prototypes).T
+
+
+@torch.no_grad()
+@in_float32
+def prototype_robustness(
+    student_similarity: Tensor, teacher_similarity: Tensor, labels: Tensor, prototype_labels: Tensor
+) -> Tensor:
+    """How well both spaces agree on an instance: 1 - |best own-class cosine of the student - the same of the teacher|.
+
+    Args:
+        student_similarity: ``Tensor[N, P]``, cosines to the prototypes in the student's space.
+        teacher_similarity: ``Tensor[N, P]``, the same in the teacher's space.
+        labels: ``LongTensor[N]``, classes of the instances.
+        prototype_labels: ``LongTensor[P]``, classes of the prototypes.
+
+    Returns:
+        ``Tensor[N]``, without gradient, from 0 to 1 (cosines further apart than 1 count as 0); 0 for a class without
+        prototypes.
+    """
+    if not len(prototype_labels):
+        return student_similarity.new_zeros(len(labels))
+    own = labels[:, None] == prototype_labels
+    best = [x.masked_fill(~own, -torch.inf).amax(1) for x in (student_similarity, teacher_similarity)]
+    known = own.any(1)
+    return torch.where(known, 1 - (best[0] - best[1]).abs(), 0.0).clamp(min=0)
+
+
+@in_float32
+def global_knowledge_loss(student_similarity: Tensor, teacher_similarity: Tensor, robustness: Tensor) -> Tensor:
+    """Smooth l1 distance (β = 1, mean) of both sides' cosines, both times the instance's robustness.
+
+    Args:
+        student_similarity: ``Tensor[N, P]``.
+        teacher_similarity: ``Tensor[N, P]``.
+        robustness: ``Tensor[N]``.
+
+    Returns:
+        ``Tensor[]``, a scalar; 0 where there is nothing to compare.
+    """
+    if not student_similarity.numel():
+        return student_similarity.sum()
+    weight = robustness[:, None]
+    return F.smooth_l1_loss(student_similarity * weight, teacher_similarity * weight)
+
+
+@in_float32
+def local_knowledge_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor, foreground_weight: float = 4.0, background_weight: float = 1.0
+) -> Tensor:
+    """Squared difference of a level's features, by robustness inside instances and by 1 outside.
+
+    Each part is Σ m (s - t)² / (2 max(Σ m, 1)) over images, channels and cells, m its mask.
+
+    Args:
+        student: ``Tensor[N, C, H, W]``, adapted to the teacher's channels.
+        teacher: ``Tensor[N, C, H, W]``.
+        mask: ``Tensor[N, 1, H, W]``: the robustness, and -1 outside, as :func:`box_mask` returns it.
+        foreground_weight: factor of the part inside.
+        background_weight: factor of the part outside.
+
+    Returns:
+        ``Tensor[]``, a scalar.
+    """
+    errors = (student - teacher).square().sum(1, keepdim=True)
+    total = 0.0
+    for weight, part in ((foreground_weight, mask.clamp(min=0)), (background_weight, (mask < 0).to(errors.dtype))):
+        norm = 2 * (student.shape[1] * part.sum()).clamp(min=1)
+        total = total + weight * (errors * part).sum() / norm
+    return total
+
+
+@in_float32
+def response_loss(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float = 2.0) -> Tensor:
+    """Kullback-Leibler divergence of softened classifications, averaged over classes and boxes, times T².
+
+    Σ_n w_n Σ_k p_nk (log p_nk - log q_nk) T² / (N K), p = softmax(teacher / T), q = softmax(student / T).
+
+    Args:
+        student: ``Tensor[N, K]``, logits.
+        teacher: ``Tensor[N, K]``, logits for the same boxes.
+        weights: ``Tensor[N]``, the instances' robustness.
+        temperature: T.
+
+    Returns:
+        ``Tensor[]``, a scalar; 0 where there are no boxes.
+    """
+    if not student.numel():
+        return student.sum()
+    logs = [(x / temperature).log_softmax(1) for x in (student, teacher)]
+    divergence = F.kl_div(*logs, reduction="none", log_target=True)
+    return (divergence * weights[:, None]).mean() * temperature**2

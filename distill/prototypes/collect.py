@@ -1,0 +1,143 @@
+"""Collects the candidates of prototypes: the features of annotated instances, from both sides, over a data set."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, MapDataset, detection_utils, get_detection_dataset_dicts
+from detectron2.utils import comm
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..data.mapper import CheckedDatasetMapper
+from ..losses import box_means
+from ..modeling.distillation_model import DistillationModel
+
+
+def training_images(cfg: CfgNode) -> list[dict]:
+    """The images that a config trains on, in Detectron2's data set format; prototypes are named by their index here.
+
+    Args:
+        cfg: the full config.
+
+    Returns:
+        One record for each image.
+    """
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
+    )
+
+
+def choose_images(images: Sequence[dict], max_images: int) -> dict[int, set[int]]:
+    """Chooses images until each class is seen in enough of them.
+
+    Args:
+        images: records in Detectron2's data set format.
+        max_images: how many images a class may have.
+
+    Returns:
+        For the index of each chosen image, the classes that it is chosen for. The order is random but always the same.
+    """
+    seen: dict[int, int] = {}
+    chosen: dict[int, set[int]] = {}
+    for index in torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist():
+        present = {x["category_id"] for x in images[index].get("annotations", ()) if not x.get("iscrowd", 0)}
+        wanted = {label for label in present if seen.get(label, 0) < max_images}
+        for label in wanted:
+            seen[label] = seen.get(label, 0) + 1
+        if wanted:
+            chosen[index] = wanted
+    return chosen
+
+
+class InstanceCollector:
+    """Collects this process's share of the instances. What the teacher sees of them is kept, the student's is not.
+
+    Args:
+        cfg: the full config.
+        levels: names of the levels.
+        max_images: how many images a class may have.
+        min_box_size: the shorter side that a box must have, in pixels of the image as the detectors see it.
+    """
+
+    def __init__(self, cfg: CfgNode, levels: Sequence[str], max_images: int, min_box_size: float) -> None:
+        self._levels = list(levels)
+        self._min_box_size = min_box_size
+        images = training_images(cfg)
+        chosen = choose_images(images, max_images)
+        share = sorted(chosen)[comm.get_rank() :: comm.get_world_size()]
+        self._images = [{**images[index], "prototype_index": index} for index in share]
+        self._classes = {index: chosen[index] for index in share}
+        mapper = CheckedDatasetMapper(
+            cfg,
+            is_train=True,  # keeps the annotations
+            augmentations=detection_utils.build_augmentation(cfg, is_train=False),
+            use_instance_mask=False,
+            use_keypoint=False,
+            recompute_boxes=False,
+        )
+        self._loader = partial(
+            DataLoader,
+            MapDataset(DatasetFromList(self._images, copy=False), mapper),
+            batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            collate_fn=list,
+        )
+        self._kept: dict[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def collect(self, model: DistillationModel) -> dict[str, Tensor]:
+        """Runs over the images once.
+
+        Args:
+            model: student and teacher.
+
+        Returns:
+            On the CPU, a row for each instance: "labels" (``LongTensor[n]``), "images" (``LongTensor[n]``), "boxes"
+            (``Tensor[n, 4]``, in pixels of the image file), and for each level "student.LEVEL" (``Tensor[n, Ds]``) and
+            "teacher.LEVEL" (``Tensor[n, Dt]``). Nothing where this process has no images.
+        """
+        first = self._kept is None
+        rows: dict[str, list[Tensor]] = {}
+
+        def add(name: str, values: Tensor) -> None:
+            rows.setdefault(name, []).append(values.float().cpu() if values.is_floating_point() else values.cpu())
+
+        was_training = model.student.training
+        model.student.eval()
+        # a generator of its own, so that the training draws the same numbers with and without
+        loader = self._loader(generator=torch.Generator().manual_seed(0))
+        try:
+            for batch in tqdm(loader, "prototypes", unit="batch", disable=not comm.is_main_process(), mininterval=1.0):
+                student, teacher = model.frozen_views(batch)
+                kept = [self._select(x) for x in batch]
+                boxes = [x["instances"].gt_boxes.tensor[selected] for x, selected in zip(batch, kept)]
+                on_device = [x.to(model.student.device) for x in boxes]
+                for level in self._levels:
+                    add(f"student.{level}", box_means(student.features[level], on_device, student.strides[level]))
+                    if first:
+                        means = box_means(teacher.features[level], on_device, teacher.strides[level])
+                        add(f"teacher.{level}", means)
+                if first:
+                    for x, corners, selected in zip(batch, boxes, kept):
+                        height, width = x["image"].shape[-2:]
+                        scale = torch.tensor([x["width"] / width, x["height"] / height] * 2)
+                        add("labels", x["instances"].gt_classes[selected])
+                        add("images", torch.full((len(corners),), x["prototype_index"]))
+                        add("boxes", corners * scale)
+        finally:
+            model.student.train(was_training)
+        collected = {name: torch.cat(values) for name, values in rows.items()}
+        if first:
+            self._kept = {name: values for name, values in collected.items() if not name.startswith("student.")}
+        return {**self._kept, **collected}
+
+    def _select(self, x: dict) -> Tensor:
+        """Rows of an image's instances that are large enough and of a class that it was chosen for."""
+        instances = x["instances"]
+        corners = instances.gt_boxes.tensor
+        large = (corners[:, 2:] - corners[:, :2]).amin(1) >= self._min_box_size
+        wanted = torch.tensor(sorted(self._classes[x["prototype_index"]]))
+        return (large & torch.isin(instances.gt_classes, wanted)).nonzero()[:, 0]

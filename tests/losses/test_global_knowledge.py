@@ -1,0 +1,167 @@
+"""The formulas of robust distillation against literal loops over boxes, cells and classes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distill.losses import (
+    box_levels,
+    box_mask,
+    box_means,
+    global_knowledge_loss,
+    local_knowledge_loss,
+    prototype_robustness,
+    prototype_similarity,
+    response_loss,
+)
+
+
+def random_boxes(n, height, width):
+    """Boxes of which some are tiny and some leave the image."""
+    corners = torch.rand(n, 2, dtype=torch.float64) * torch.tensor([width, height]) * 1.1 - 5
+    extents = torch.rand(n, 2, dtype=torch.float64) ** 3 * torch.tensor([width, height])
+    return torch.cat([corners, corners + extents], 1)
+
+
+def literal_cells(box, height, width, stride):
+    x0, y0, x1, y1 = (math.floor(v / stride) for v in box)
+    columns = range(min(max(x0, 0), width - 1), min(max(x1, 0), width - 1) + 1)
+    rows = range(min(max(y0, 0), height - 1), min(max(y1, 0), height - 1) + 1)
+    return [(y, x) for y in rows for x in columns]
+
+
+@pytest.mark.parametrize("stride", [4, 8, 32])
+def test_box_means_equal_a_loop_over_boxes_and_cells(stride):
+    height, width = 96 // stride, 160 // stride
+    features = torch.randn(3, 5, height, width, dtype=torch.float64)
+    boxes = [random_boxes(12, 96, 160), torch.zeros(0, 4, dtype=torch.float64), random_boxes(5, 96, 160)]
+    expected = []
+    for image, corners in zip(features.numpy(), boxes):
+        for box in corners.tolist():
+            cells = literal_cells(box, height, width, stride)
+            expected.append(np.mean([image[:, y, x] for y, x in cells], axis=0))
+    means = box_means(features, boxes, stride)
+    assert means.shape == (17, 5)
+    np.testing.assert_allclose(means.numpy(), np.array(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_box_means_are_exact_enough_in_float32_for_a_cell_of_a_large_map():
+    features = 50 + torch.rand(1, 2, 200, 334)
+    boxes = torch.tensor([[1320.0, 780.0, 1321.0, 781.0], [0.0, 0.0, 1335.0, 799.0]])
+    means = box_means(features, [boxes], 4)
+    torch.testing.assert_close(means[0], features[0, :, 195, 330], rtol=0, atol=2e-3)
+    torch.testing.assert_close(means[1], features.double().mean((0, 2, 3)).float(), rtol=1e-5, atol=0)
+
+
+def test_box_means_pass_the_gradient_to_the_cells():
+    features = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
+    boxes = [random_boxes(4, 48, 56), random_boxes(2, 48, 56)]
+    assert torch.autograd.gradcheck(lambda x: box_means(x, boxes, 8), features)
+
+
+def test_box_levels_equal_the_formula():
+    sides = [1.0, 55.9, 56.0, 111.0, 112.5, 223.0, 225.0, 900.0, 5000.0]
+    boxes = torch.tensor([[3.0, 4.0, 3.0 + s, 4.0 + s] for s in sides] + [[5.0, 5.0, 5.0, 9.0]])
+    expected = [min(max(math.floor(math.log2(s / 56)), 0), 3) for s in sides] + [0]
+    assert box_levels(boxes, 4).tolist() == expected == [0, 0, 0, 0, 1, 1, 2, 3, 3, 0]
+
+
+def test_box_mask_paints_the_larger_value_where_boxes_overlap():
+    boxes = [random_boxes(9, 96, 160), torch.zeros(0, 4)]
+    values = [torch.rand(9), torch.zeros(0)]
+    mask = box_mask(boxes, values, (12, 20), 8)
+    expected = np.full((2, 1, 12, 20), -1.0)
+    for box, value in zip(boxes[0].tolist(), values[0].tolist()):
+        for y, x in literal_cells(box, 12, 20, 8):
+            expected[0, 0, y, x] = max(expected[0, 0, y, x], value)
+    np.testing.assert_allclose(mask.numpy(), expected, rtol=1e-6)
+
+
+def random_similarities(n=20, p=9):
+    return (torch.rand(n, p, dtype=torch.float64) * 2 - 1 for _ in range(2))
+
+
+def test_similarity_is_the_cosine():
+    features, prototypes = torch.randn(6, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    features[2] = 0
+    expected = [
+        [a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) if np.linalg.norm(a) else 0.0 for b in prototypes.numpy()]
+        for a in features.numpy()
+    ]
+    np.testing.assert_allclose(prototype_similarity(features, prototypes).numpy(), expected, rtol=1e-9)
+
+
+def test_robustness_equals_the_literal_formula():
+    student, teacher = random_similarities()
+    labels, prototype_labels = torch.randint(5, (20,)), torch.randint(4, (9,))
+    got = prototype_robustness(student.requires_grad_(), teacher, labels, prototype_labels)
+    assert not got.requires_grad
+    for n, label in enumerate(labels.tolist()):
+        own = [p for p in range(9) if prototype_labels[p] == label]
+        best = [max(side[n, p].item() for p in own) if own else None for side in (student, teacher)]
+        expected = max(0.0, 1 - abs(best[0] - best[1])) if own else 0.0
+        assert got[n].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_robustness_without_any_prototype_is_zero():
+    got = prototype_robustness(torch.zeros(3, 0), torch.zeros(3, 0), torch.arange(3), torch.zeros(0).long())
+    assert got.tolist() == [0, 0, 0]
+
+
+def test_global_loss_equals_the_literal_formula():
+    student, teacher = random_similarities()
+    robustness = torch.rand(20, dtype=torch.float64)
+    terms = []
+    for n in range(20):
+        for p in range(9):
+            d = abs(student[n, p].item() - teacher[n, p].item()) * robustness[n].item()
+            terms.append(d * d / 2 if d < 1 else d - 0.5)
+    assert global_knowledge_loss(student, teacher, robustness).item() == pytest.approx(np.mean(terms), rel=1e-9)
+
+
+def test_local_loss_equals_the_literal_formula():
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    mask = torch.where(torch.rand(2, 1, 4, 5) < 0.5, torch.rand(2, 1, 4, 5), -1.0)
+    sums = {"in": 0.0, "out": 0.0}
+    norms = {"in": 0.0, "out": 0.0}
+    for n, c, y, x in np.ndindex(2, 3, 4, 5):
+        m = mask[n, 0, y, x].item()
+        part, weight = ("in", m) if m >= 0 else ("out", 1.0)
+        sums[part] += weight * (student[n, c, y, x] - teacher[n, c, y, x]).item() ** 2
+        norms[part] += weight
+    expected = sum(w * sums[k] / (2 * max(norms[k], 1)) for k, w in (("in", 3.0), ("out", 0.7)))
+    assert local_knowledge_loss(student, teacher, mask, 3.0, 0.7).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+def test_local_loss_with_an_empty_part_is_finite(value):
+    loss = local_knowledge_loss(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), torch.full((1, 1, 3, 3), value))
+    assert loss.item() == pytest.approx({-1.0: 0.5, 0.0: 0.0, 1.0: 2.0}[value])
+
+
+def test_response_loss_equals_the_literal_formula():
+    student, teacher = torch.randn(2, 6, 4, dtype=torch.float64) * 3
+    weights = torch.rand(6, dtype=torch.float64)
+    total = 0.0
+    for n in range(6):
+        p, q = (np.exp(x[n].numpy() / 2.5) / np.exp(x[n].numpy() / 2.5).sum() for x in (teacher, student))
+        total += weights[n].item() * sum(p[k] * (math.log(p[k]) - math.log(q[k])) for k in range(4))
+    expected = total / (6 * 4) * 2.5**2
+    assert response_loss(student, teacher, weights, 2.5).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_nothing_to_compare_is_zero_with_a_gradient():
+    none = nn.Parameter(torch.zeros(0, 4))
+    assert global_knowledge_loss(none, torch.zeros(0, 4), torch.zeros(0)).item() == 0
+    loss = response_loss(none, torch.zeros(0, 4), torch.zeros(0))
+    assert loss.item() == 0 and loss.requires_grad
+    assert box_means(torch.zeros(1, 3, 4, 4), [torch.zeros(0, 4)], 8).shape == (0, 3)
+
+
+def test_half_precision_is_widened():
+    features = torch.rand(1, 2, 8, 8).half()
+    assert box_means(features, [torch.tensor([[0.0, 0.0, 20.0, 20.0]])], 4).dtype == torch.float32
+    assert local_knowledge_loss(features, features, torch.ones(1, 1, 8, 8)).dtype == torch.float32

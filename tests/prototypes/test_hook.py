@@ -1,0 +1,239 @@
+"""Collecting candidates from a data set and searching prototypes, in one process and in two."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from distill.data import register_datasets
+from distill.engine import Trainer
+from distill.losses import box_means
+from distill.prototypes import select_prototypes
+from distill.prototypes.collect import InstanceCollector, choose_images, training_images
+from distill.prototypes.hook import PrototypeHook, find_prototypes
+from tests.helpers import detector_cfg, distillation_cfg, run_script, set_all, write_teacher
+
+NAME = "GlobalKnowledgeDistiller"
+
+
+def write_coco(folder, num_images=10, boxes_per_image=6, size=None):
+    """Images of noise with random boxes of three classes, of which some are small; returns the entry to register."""
+    rng = np.random.default_rng()
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(num_images):
+        height, width = size or rng.integers(100, 160, 2).tolist()
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+        for _ in range(boxes_per_image):
+            w, h = rng.integers(8, 60, 2).tolist()
+            x, y = rng.integers(0, width - w).item(), rng.integers(0, height - h).item()
+            annotation = {"id": len(annotations) + 1, "image_id": i, "category_id": rng.integers(3).item() + 1}
+            annotations.append({**annotation, "bbox": [float(v) for v in (x, y, w, h)], "area": w * h, "iscrowd": 0})
+    categories = [{"id": k + 1, "name": f"class{k}"} for k in range(3)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return f"{folder.name}=coco:{folder}/annotations.json:{folder}/images"
+
+
+def make_cfg(tmp_path, name, size=None, **overrides):
+    entry = write_coco(tmp_path / name, size=size)
+    student = detector_cfg(
+        "faster_rcnn",
+        **{
+            "DATASETS.REGISTER": [entry],
+            "DATASETS.TRAIN": [name],
+            "DATASETS.TEST": [],
+            "DATALOADER.NUM_WORKERS": 0,
+            "INPUT.MIN_SIZE_TRAIN": [64],
+            "INPUT.MIN_SIZE_TEST": 64,
+            "SOLVER.IMS_PER_BATCH": 2,
+            "SOLVER.MAX_ITER": 4,
+            "SOLVER.BASE_LR": 1e-4,
+            "OUTPUT_DIR": str(tmp_path / "out"),
+            "MODEL.RESNETS.NORM": "GN",  # random weights without a norm that works at once diverge
+            "SEED": 5,
+        },
+    )
+    return distillation_cfg(
+        student,
+        write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=24)),
+        **{
+            "DISTILL.DISTILLERS": [NAME],
+            "DISTILL.GLOBAL.NUM_PROTOTYPES": 3,
+            "DISTILL.GLOBAL.DENSITY_SIGMA": 0.5,
+            "DISTILL.GLOBAL.MIN_BOX_SIZE": 10,
+            "DISTILL.GLOBAL.UPDATE_PERIOD": 3,
+            **overrides,
+        },
+    )
+
+
+def train(cfg, resume=False):
+    register_datasets(cfg.DATASETS.REGISTER)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def test_prototypes_are_searched_before_training_and_every_period(tmp_path, monkeypatch):
+    searched = []
+    search = PrototypeHook.search
+    monkeypatch.setattr(
+        PrototypeHook, "search", lambda self: (searched.append(getattr(self.trainer, "iter", -1)), search(self))
+    )
+    trainer = train(make_cfg(tmp_path, "period", **{"SOLVER.MAX_ITER": 6}))
+    assert searched == [0, 2]  # before the first step, after three; the sixth is the last
+    bank = trainer.model.distillers[NAME].prototypes
+    assert bank.searches == 2
+    for level in ("p2", "p3", "p4", "p5", "p6"):
+        student, teacher, labels = bank.at(level)
+        assert student.shape == (len(labels), 16) and teacher.shape == (len(labels), 24)
+        assert set(labels.tolist()) == {0, 1, 2} and max(labels.bincount()) <= 3
+    assert trainer.model.training and trainer.model.student.training
+
+
+def test_an_epoch_is_the_default_period(tmp_path):
+    cfg = make_cfg(tmp_path, "epoch", **{"DISTILL.GLOBAL.UPDATE_PERIOD": 0, "SOLVER.MAX_ITER": 7})
+    trainer = train(cfg)  # ten images, two in a batch: five steps
+    assert trainer.model.distillers[NAME].prototypes.searches == 2
+
+
+def test_a_resumed_run_does_not_search_again(tmp_path, caplog):
+    cfg = make_cfg(tmp_path, "resume", **{"DISTILL.GLOBAL.UPDATE_PERIOD": 100})
+    before = train(cfg).model.distillers[NAME].prototypes
+    cfg.SOLVER.MAX_ITER = 5
+    resumed = train(cfg, resume=True)
+    after = resumed.model.distillers[NAME].prototypes
+    assert resumed.start_iter == 4 and after.searches == 1
+    assert all(torch.equal(value, after.state_dict()[key]) for key, value in before.state_dict().items())
+
+
+def test_collected_rows_are_the_features_of_the_annotated_boxes(tmp_path):
+    cfg = make_cfg(tmp_path, "rows", (120, 150))  # of one size, so that they are padded alike in any batch
+    register_datasets(cfg.DATASETS.REGISTER)
+    model = Trainer.build_model(cfg).train()
+    state = torch.random.get_rng_state()
+    collector = InstanceCollector(cfg, ["p2", "p4"], 800, 10)
+    rows = collector.collect(model)
+    assert torch.equal(torch.random.get_rng_state(), state)  # the training draws the same numbers
+    images = training_images(cfg)
+    expected = sorted(
+        (i, x["category_id"], *(v + d for v, d in zip(x["bbox"], (0, 0, *x["bbox"][:2]))))
+        for i, image in enumerate(images)
+        for x in image["annotations"]
+        if min(x["bbox"][2:]) * 64 / min(image["height"], image["width"]) >= 10
+    )
+    got = sorted(
+        (i, label, *(round(v) for v in box))
+        for i, label, box in zip(rows["images"].tolist(), rows["labels"].tolist(), rows["boxes"].tolist())
+    )
+    assert got == [tuple(round(v) for v in x) for x in expected] and len(got) < 60
+    # one row by hand: the image resized as in testing, both sides in evaluation
+    index = rows["images"][0].item()
+    from detectron2.data import transforms as T
+    from detectron2.data.detection_utils import read_image
+
+    pixels = read_image(images[index]["file_name"], "BGR")
+    resized = T.AugInput(pixels)
+    T.ResizeShortestEdge(64, cfg.INPUT.MAX_SIZE_TEST)(resized)
+    image = torch.from_numpy(resized.image.transpose(2, 0, 1).copy())
+    scale = torch.tensor([resized.image.shape[1] / pixels.shape[1], resized.image.shape[0] / pixels.shape[0]] * 2)
+    model.student.eval()
+    student, teacher = model.frozen_views([{"image": image}])
+    for side, view in (("student", student), ("teacher", teacher)):
+        mean = box_means(view.features["p4"], [rows["boxes"][:1] * scale], 16)
+        torch.testing.assert_close(rows[f"{side}.p4"][:1], mean, rtol=1e-3, atol=1e-3)
+
+
+def test_the_teacher_runs_in_the_first_search_only(tmp_path):
+    cfg = make_cfg(tmp_path, "once")
+    register_datasets(cfg.DATASETS.REGISTER)
+    model = Trainer.build_model(cfg).train()
+    calls = []
+    model.teacher.model.backbone.register_forward_hook(lambda *args: calls.append(1))
+    collector = InstanceCollector(cfg, ["p2"], 800, 10)
+    first = collector.collect(model)
+    assert len(calls) == 5
+    with torch.no_grad():
+        for p in model.student.backbone.parameters():
+            p.mul_(1.5)
+    second = collector.collect(model)
+    assert len(calls) == 5
+    assert torch.equal(first["teacher.p2"], second["teacher.p2"]) and torch.equal(first["boxes"], second["boxes"])
+    assert not torch.allclose(first["student.p2"], second["student.p2"])
+
+
+def test_picks_are_those_of_each_class_at_each_level():
+    n, labels = 60, torch.randint(3, (60,))
+    labels[labels == 1] = 2  # a class without instances
+    instances = {"labels": labels, "images": torch.arange(n), "boxes": torch.rand(n, 4)}
+    for level in ("p2", "p3"):
+        instances[f"student.{level}"], instances[f"teacher.{level}"] = torch.randn(n, 4), torch.randn(n, 6)
+    selection = {"num_prototypes": 4, "density_sigma": 0.5}
+    found = find_prototypes(instances, ["p2", "p3"], 3, selection, torch.device("cpu"))
+    for level, kept in found.items():
+        expected = []
+        for label in (0, 2):
+            rows = [i for i in range(n) if labels[i] == label]
+            sides = (instances[f"{side}.{level}"][rows] for side in ("student", "teacher"))
+            expected += [rows[i] for i in select_prototypes(*sides, **selection)]
+        assert kept["images"].tolist() == expected
+        assert torch.equal(kept["teacher"], instances[f"teacher.{level}"][expected])
+        assert torch.equal(kept["labels"], labels[expected])
+
+
+def test_each_class_gets_up_to_so_many_images():
+    images = [{"annotations": [{"category_id": c} for c in classes]} for classes in ([0], [0, 1], [0], [0], [2], [])]
+    images.append({"annotations": [{"category_id": 3, "iscrowd": 1}]})
+    chosen = choose_images(images, 2)
+    counts = [sum(label in wanted for wanted in chosen.values()) for label in range(4)]
+    assert counts == [2, 1, 1, 0] and chosen == choose_images(images, 2)
+    assert all(label in {x["category_id"] for x in images[i]["annotations"]} for i in chosen for label in chosen[i])
+    assert len(choose_images(images, 800)) == 5
+
+
+def test_no_large_box_is_a_warning_and_training_goes_on(tmp_path, caplog):
+    trainer = train(make_cfg(tmp_path, "small", **{"DISTILL.GLOBAL.MIN_BOX_SIZE": 500}))
+    assert any("No class has a prototype" in record.getMessage() for record in caplog.records)
+    assert trainer.iter == 4
+
+
+@pytest.mark.parametrize("num_images", [10, 1])
+def test_two_processes_hold_the_same_prototypes_as_one(tmp_path, num_images):
+    # images of one size, so that they are padded alike whatever batch they are in
+    cfg = make_cfg(
+        tmp_path, f"two{num_images}", (128, 128), **{"DISTILL.GLOBAL.UPDATE_PERIOD": 2, "SOLVER.MAX_ITER": 3}
+    )
+    if num_images == 1:  # a process without a share
+        path = tmp_path / "two1" / "annotations.json"
+        content = json.loads(path.read_text())
+        content["images"] = content["images"][:1]
+        content["annotations"] = [x for x in content["annotations"] if x["image_id"] == 0]
+        path.write_text(json.dumps(content))
+        set_all(cfg, {"DATASETS.TRAIN": ["two1", "two1"]})
+    set_all(cfg, {"SOLVER.BASE_LR": 0.0})  # so that the second search sees the same student in one process and in two
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    worker = ["tests/prototypes/search_worker.py", str(tmp_path / "cfg.yaml")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("both", torchrun)):
+        result = run_script(*launcher, *worker, str(tmp_path / name), "OUTPUT_DIR", str(tmp_path / f"{name}_out"))
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, first, second = (torch.load(tmp_path / name) for name in ("one0", "both0", "both1"))
+    assert first["searches"] == 2 and first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    for key, value in one.items():
+        torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-4, msg=key)
+    assert num_images == 1 or (one["levels.p2.labels"] >= 0).sum() >= 3
+
+
+@pytest.fixture(autouse=True)
+def forget_datasets():
+    known = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - known:
+        DatasetCatalog.remove(name)
