@@ -12,7 +12,7 @@ $(VENV)/.complete: tools/setup_venv.sh tools/install_detectron2.py setup.py cons
 	@PYTHON="$(PYTHON)" bash tools/setup_venv.sh "$(VENV)"
 
 test: venv
-	$(PY) -m pytest tests
+	$(PY) -m pytest
 
 lint: venv
 	$(PY) -m ruff check .

@@ -140,6 +140,14 @@ def test_a_teacher_without_a_distiller_is_refused(tmp_path):
         train_net.run(train_net.argument_parser().parse_args(arguments))
 
 
+def test_distillers_of_a_config_that_is_not_distilled_are_refused(tmp_path):
+    import train_net
+
+    arguments = [*write_pair(tmp_path)[:2], "DISTILL.DISTILLERS", "['ReviewDistiller']"]
+    with pytest.raises(SystemExit, match="is not distilled .*GeneralizedRCNN.* have no use: distil it by --distill"):
+        train_net.run(train_net.argument_parser().parse_args(arguments))
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_bad_input_as_a_user_sees_it(tmp_path, processes):
     arguments = [*write_pair(tmp_path), "--teacher-weights", "/nowhere.pth", "--num-gpus", processes]

@@ -35,10 +35,12 @@ from distill.distillers import build_distillers
 from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import DetectorView, DistillationModel, Teacher
+from distill.modeling.loss_weights import LossWeights
 from distill.modeling.teacher import teacher_config
 
 logger = logging.getLogger("detectron2.benchmark")
 
+FULL = "full step"
 BACKBONE = "student's backbone alone, forward and backward"
 
 
@@ -126,7 +128,7 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
         if module is student:
             model._tap.take()  # the tap holds the step's features
 
-    with autocast(), torch.no_grad():
+    with autocast(), torch.no_grad(), model._same_padding():
         view = teacher.view(batch)
         images, record = view.images, view.features
         own = student.backbone(student.preprocess_image(batch).tensor)
@@ -158,7 +160,15 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     }
     for name, distiller in distillers.items():
         parts[f"{name}, forward and backward"] = lambda distiller=distiller: distil(distiller)
-    parts["full step"] = lambda: step(model, optimizer)
+    parts[FULL] = lambda: step(model, optimizer)
+
+    def measuring_step() -> None:
+        own, model._loss_weights = model._loss_weights, LossWeights(distillers, period=1)
+        model._loss_weights._is_first = False  # the check of the very first step is not part of it
+        step(model, optimizer)
+        model._loss_weights = own
+
+    parts[f"full step that measures gradients (every {cfg.DISTILL.GRADIENT_LOG_PERIOD} iterations)"] = measuring_step
     return parts
 
 
@@ -199,8 +209,8 @@ def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> t
         }
         for name, values in times.items()
     ]
-    _, *others, full = times.values()
-    ratio = statistics.median(whole / sum(pieces) for whole, *pieces in zip(full, *others))
+    _, *others = list(times.values())[: list(times).index(FULL)]
+    ratio = statistics.median(whole / sum(pieces) for whole, *pieces in zip(times[FULL], *others))
     return rows, ratio
 
 

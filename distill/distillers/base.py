@@ -50,8 +50,10 @@ class Distiller(nn.Module):
         self.loss_weight = loss_weight
         self.warmup_iters = warmup_iters
         self.decay = decay
-        # Size of its gradient relative to the detection losses': the mean logarithm, and how often it was measured
-        self.register_buffer("gradient_ratio", torch.zeros(2))
+        # Size of its gradient relative to the detection losses': the running mean of its logarithm, and how often it
+        # was measured; see distill.modeling.loss_weights
+        self.register_buffer("log_gradient_ratio", torch.tensor(0.0))
+        self.register_buffer("num_measurements", torch.tensor(0))
 
     @staticmethod
     def weight_settings(node: CfgNode) -> dict[str, float]:
@@ -65,20 +67,27 @@ class Distiller(nn.Module):
         """
         return {"loss_weight": node.LOSS_WEIGHT, "warmup_iters": node.WARMUP_ITERS, "decay": node.DECAY}
 
-    def weight_at(self, iteration: int, max_iter: int, loss: str = "") -> float:
+    def reset(self) -> None:
+        """Forgets what belongs to one run: called when a run begins, also from the weights of another, and not when it
+        is resumed."""
+        self.log_gradient_ratio.zero_()
+        self.num_measurements.zero_()
+
+    def weight_at(self, iteration: int, max_iter: int | None, loss: str = "") -> float:
         """The weight of one of its losses at an iteration.
 
         Args:
             iteration: counted from 0.
-            max_iter: number of iterations of the training.
+            max_iter: number of iterations of the training; None where it is not known, so that nothing decays.
             loss: the name of the loss, as ``forward`` returns it.
 
         Returns:
             ``loss_weight`` times the two ramps.
         """
         grown = min(1.0, iteration / self.warmup_iters) if self.warmup_iters else 1.0
-        decay = 0.0 if loss in self.undecayed else self.decay
-        left = min(1.0, (max_iter - iteration) / (decay * max_iter)) if decay else 1.0
+        left = 1.0
+        if max_iter and self.decay and loss not in self.undecayed:
+            left = min(1.0, max(0.0, (max_iter - iteration) / (self.decay * max_iter)))
         return self.loss_weight * grown * left
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
@@ -86,10 +95,11 @@ class Distiller(nn.Module):
 
         Args:
             student: the student's view, with gradient.
-            teacher: the teacher's view, without. What is asked of it is computed when it is asked for.
+            teacher: the teacher's view, without gradient. Only those of its results are computed that you use.
 
         Returns:
-            Scalars by name, before any weight. A name contains "loss", or Detectron2 does not print it.
+            Scalars by name, before any weight; they are weighted, then added to the detection losses. A name contains
+            "loss", or Detectron2 does not print it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(student, teacher)")
 

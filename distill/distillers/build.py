@@ -77,8 +77,10 @@ def check_distillers(cfg: CfgNode) -> None:
                 f"DISTILL.DISTILLERS names {name!r} {names.count(name)} times. For another one of the kind, with "
                 f"settings of its own, name it '{kind}/LABEL' and put the settings into DISTILL.VARIANTS.LABEL."
             )
-        if "." in name:
-            raise DistillError(f"DISTILL.DISTILLERS names {name!r}: a variant's name must not contain a dot.")
+        if "." in name or name.endswith("/"):
+            raise DistillError(
+                f"DISTILL.DISTILLERS names {name!r}: expected NAME or NAME/LABEL, the label without dots."
+            )
         if variant:
             variant_config(cfg, variant)
 

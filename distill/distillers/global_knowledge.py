@@ -126,6 +126,10 @@ class GlobalKnowledgeDistiller(Distiller):
             **cls.weight_settings(node),
         }
 
+    def reset(self) -> None:
+        super().reset()
+        self.prototypes.clear()
+
     def build_hooks(self, model: nn.Module) -> list[HookBase]:
         from ..prototypes.hook import PrototypeHook  # it knows the model, which knows the distillers
 

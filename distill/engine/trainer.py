@@ -159,7 +159,7 @@ class Trainer(DefaultTrainer):
             ) from error
         model = self._unwrapped_model()
         if not resumes and isinstance(model, DistillationModel):
-            model.inherit()
+            model.start()
 
     def train(self) -> Any:
         """Trains. If bad input ends the training, what was learned until then is saved, for ``--resume``."""

@@ -52,13 +52,13 @@ def structural_similarity(
         powers = [_signed_power(term, exponent) for term, exponent in zip(terms, exponents, strict=True) if exponent]
         return torch.stack(powers).prod(0) if powers else torch.ones_like(terms[0])
     window = _gaussian_window(x, y, window_size, sigma)
+    c1, c2 = _constants(x, data_range, k1, k2)
+    (x, shift_x), (y, shift_y) = _centred(x), _centred(y)
     # only the sum of the two variances is needed: four maps to filter instead of five
     mean_x, mean_y, mean_squares, mean_xy = _filter([x, y, x.square() + y.square(), x * y], window)
-    squares = mean_x.square() + mean_y.square()
-    products = mean_x * mean_y
-    c1, c2 = _constants(x, data_range, k1, k2)
-    luminance = (2 * products + c1) / (squares + c1)
-    return luminance * (2 * (mean_xy - products) + c2) / (mean_squares - squares + c2)
+    variances = (mean_squares - mean_x.square() - mean_y.square()).clamp(min=0)
+    covariance = mean_xy - mean_x * mean_y
+    return _luminance(mean_x + shift_x, mean_y + shift_y, c1) * (2 * covariance + c2) / (variances + c2)
 
 
 @in_float32
@@ -86,9 +86,10 @@ def structural_similarity_terms(
         ValueError: see :func:`structural_similarity`.
     """
     window = _gaussian_window(x, y, window_size, sigma)
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = _filter([x, y, x.square(), y.square(), x * y], window)
     c1, c2 = _constants(x, data_range, k1, k2)
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    (x, shift_x), (y, shift_y) = _centred(x), _centred(y)
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = _filter([x, y, x.square(), y.square(), x * y], window)
+    luminance = _luminance(mean_x + shift_x, mean_y + shift_y, c1)
     # the root has no gradient at zero, where rounding puts flat windows
     tiny = torch.finfo(mean_x.dtype).tiny ** 0.5
     var_x, var_y = ((m - mean.square()).clamp(min=tiny) for m, mean in ((mean_xx, mean_x), (mean_yy, mean_y)))
@@ -166,6 +167,17 @@ def _gaussian_window(x: Tensor, y: Tensor, window_size: int, sigma: float) -> Te
     offsets = torch.arange(fitting, dtype=x.dtype, device=x.device) - fitting // 2
     window = torch.exp(-(offsets / sigma).square() / 2)
     return window / window.sum()
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A map minus its mean, and the mean. Variances do not change by it, and their rounding errors stay small. The mean
+    is a constant to the gradient, which it does not change either."""
+    mean = x.detach().mean((2, 3), keepdim=True)
+    return x - mean, mean
+
+
+def _luminance(mean_x: Tensor, mean_y: Tensor, c1: float | Tensor) -> Tensor:
+    return (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
 
 
 def _filter(maps: Sequence[Tensor], window: Tensor) -> tuple[Tensor, ...]:

@@ -38,7 +38,7 @@ class DistillationModel(nn.Module):
         student: any Detectron2 detector.
         teacher: see :class:`Teacher`; it is in no state dict, but follows ``.to(device)``.
         distillers: by name; their losses add up.
-        inherit: prefixes of the student's weights that :meth:`inherit` copies from the teacher.
+        inherit: prefixes of the student's weights that :meth:`start` copies from the teacher.
         loss_weights: how the distillers' losses are weighed; by default, by each distiller's own weight alone.
 
     Raises:
@@ -165,11 +165,14 @@ class DistillationModel(nn.Module):
 
         return DetectorView(self.student, batched_inputs, features, frozen=True), self.teacher.view(batched_inputs)
 
-    def inherit(self) -> None:
-        """Copies the weights that the constructor's ``inherit`` names from the teacher to the student.
+    def start(self) -> None:
+        """What a run begins with, after weights are loaded and unless it is resumed: the distillers forget other runs,
+        and the student inherits.
 
         Source: Kang et al., *Instance-Conditional Knowledge Distillation for Object Detection*, NeurIPS 2021.
         """
+        for distiller in self.distillers.values():
+            distiller.reset()
         weights = inheritable_weights(self.student, self.teacher.model, self._inherit)
         if not weights:
             return

@@ -26,21 +26,22 @@ class LossWeights:
     measured (one backward pass from the losses down to the features for each distiller and one for the detection
     losses, none through the backbone). With ``balance`` b, a distiller's losses are scaled by b / r, r being the
     running geometric mean of |distiller's gradient| / |detection losses' gradient|, over the images of all processes.
-    It is kept in the distiller's ``gradient_ratio``, and so in the checkpoint. To Detectron2's event storage go
-    ``weight/LOSS`` of each loss and ``gradient_ratio/NAME`` of each distiller, the latter times the weight that is
-    applied (of several, the largest).
+    It is kept in the distiller, and so in the checkpoint. To Detectron2's event storage go ``weight/LOSS`` of each loss
+    and ``gradient_ratio/NAME`` of each distiller, the latter with its losses weighted as they are applied.
 
     Args:
         distillers: by name.
-        max_iter: number of iterations of the training, for the ramps.
+        max_iter: number of iterations of the training, for the decay; None for no decay.
         period: how often gradients are measured, in iterations; 0 for never.
-        balance: b; 0 for no scaling.
+        balance: b; 0 for no scaling. A distiller whose ratio has not been measured yet has no weight.
 
     Raises:
         DistillError: a number is out of range, or there is a balance but nothing is to be measured.
     """
 
-    def __init__(self, distillers: nn.ModuleDict, max_iter: int = 1, period: int = 0, balance: float = 0.0) -> None:
+    def __init__(
+        self, distillers: nn.ModuleDict, max_iter: int | None = None, period: int = 0, balance: float = 0.0
+    ) -> None:
         for key, value in (("GRADIENT_LOG_PERIOD", period), ("BALANCE", balance)):
             if value < 0:
                 raise DistillError(f"DISTILL.{key} is {value}: expected 0 (off) or more.")
@@ -55,6 +56,7 @@ class LossWeights:
         self._balance = balance
         self._scales: dict[str, float] = {}
         self._times_high = dict.fromkeys(distillers, 0)
+        self._is_first = True
 
     def __call__(
         self,
@@ -72,17 +74,19 @@ class LossWeights:
             For each distiller, what each of its losses is to be multiplied by.
 
         Raises:
-            DistillError: a distiller's losses do not depend on the student's features, or nothing can be balanced.
+            DistillError: a distiller's loss does not depend on the student's features (found in the first call), or
+                nothing can be balanced.
         """
         storage = get_event_storage()
-        if self._balance and not self._scales:
-            self._update_scales()  # what a checkpoint brought
-        if self._period and torch.is_grad_enabled():
-            unmeasured = self._balance and len(self._scales) < len(self._distillers)
-            if storage.iter % self._period == 0 or unmeasured:
-                ratios = self._measure(detection, distilled, list(features.values()))
-                self._update_scales()
-                self._report(ratios, self._weights(distilled, storage.iter))
+        inputs = [x for x in features.values() if x.requires_grad]
+        if torch.is_grad_enabled():
+            if self._is_first:
+                _check_dependence(distilled, inputs)
+                self._update_scales()  # what a checkpoint brought
+            unmeasured = self._is_first and self._balance and len(self._scales) < len(self._distillers)
+            if self._period and (storage.iter % self._period == 0 or unmeasured):
+                self._measure(detection, distilled, inputs)
+            self._is_first = False
         weights = self._weights(distilled, storage.iter)
         for losses in weights.values():
             for key, weight in losses.items():
@@ -90,72 +94,68 @@ class LossWeights:
         return weights
 
     def _weights(self, distilled: Mapping[str, Mapping[str, Tensor]], iteration: int) -> dict[str, dict[str, float]]:
+        scales = {name: self._scales.get(name, 0.0) if self._balance else 1.0 for name in distilled}
         return {
             name: {
-                key: self._distillers[name].weight_at(iteration, self._max_iter, _own_name(key, name))
-                * self._scales.get(name, 1.0)
+                key: scales[name] * self._distillers[name].weight_at(iteration, self._max_iter, _own_name(key, name))
                 for key in losses
             }
             for name, losses in distilled.items()
         }
 
     def _update_scales(self) -> None:
-        if not self._balance:
-            return
         for name, distiller in self._distillers.items():
-            mean_log, count = distiller.gradient_ratio.tolist()
-            if count:
-                self._scales[name] = self._balance / math.exp(mean_log)
+            if self._balance and distiller.num_measurements:
+                self._scales[name] = self._balance / math.exp(distiller.log_gradient_ratio.item())
 
     def _measure(
         self,
         detection: Mapping[str, Tensor],
         distilled: Mapping[str, Mapping[str, Tensor]],
-        features: Sequence[Tensor],
-    ) -> dict[str, float]:
-        """The ratios of this step, of the unweighted losses; the running means follow."""
-        inputs = [x for x in features if x.requires_grad]
+        inputs: Sequence[Tensor],
+    ) -> None:
+        """Measures the ratios of this step, lets the running means follow, and logs the ratios."""
         if not inputs:
             if self._balance:
                 raise DistillError(
                     "DISTILL.BALANCE compares gradients at the student's features, and these need none: its whole "
                     "backbone is frozen. Set DISTILL.BALANCE 0."
                 )
-            return {}
-        # a distiller that had nothing to compare in this process still takes its place in the sum over processes
-        squares = [_squared_gradient_norm(detection, inputs, None)]
-        squares += [_squared_gradient_norm(distilled[name], inputs, name) for name in self._distillers]
-        squares = torch.stack(squares)
-        if comm.get_world_size() > 1:
-            dist.all_reduce(squares)
-        own, *others = squares.tolist()
-        ratios = {
-            name: math.sqrt(other / own) if own > 0 else math.nan for name, other in zip(self._distillers, others)
-        }
-        ratios = {name: ratio for name, ratio in ratios.items() if 0 < ratio < math.inf}
-        for name, ratio in ratios.items():
-            state = self._distillers[name].gradient_ratio
-            mean_log, count = state.tolist()
+            return
+        measured = _gradient_ratios(detection, {name: distilled[name] for name in self._distillers}, inputs)
+        for name, ratio in measured.items():
+            distiller = self._distillers[name]
+            count = distiller.num_measurements.item()
             momentum = min(_MOMENTUM, count / (count + 1))
-            state.copy_(torch.tensor([momentum * mean_log + (1 - momentum) * math.log(ratio), count + 1]))
-        return ratios
+            distiller.log_gradient_ratio.mul_(momentum).add_((1 - momentum) * math.log(ratio))
+            distiller.num_measurements += 1
+        self._update_scales()
 
-    def _report(self, ratios: Mapping[str, float], weights: Mapping[str, Mapping[str, float]]) -> None:
+        weights = self._weights(distilled, get_event_storage().iter)
+        applied = {name: ratio * max(weights[name].values(), default=0.0) for name, ratio in measured.items()}
+        uneven = {name: d for name, d in self._distillers.items() if d.decay and d.undecayed}
+        if uneven:  # some of their losses have another weight than the others
+            weighted = {name: {k: x * weights[name][k] for k, x in distilled[name].items()} for name in uneven}
+            applied.update(_gradient_ratios(detection, weighted, inputs))
+        self._report(applied)
+
+    def _report(self, ratios: Mapping[str, float]) -> None:
         storage = get_event_storage()
-        largest = {name: max(losses.values(), default=0.0) for name, losses in weights.items()}
-        applied = {name: ratio * largest[name] for name, ratio in ratios.items()}
-        for name, ratio in applied.items():
+        for name, ratio in ratios.items():
             storage.put_scalar(f"gradient_ratio/{name}", ratio, smoothing_hint=False)
             self._times_high[name] = self._times_high[name] + 1 if ratio > _HIGH_RATIO else 0
             if self._times_high[name] == _PATIENCE:
+                advice = (
+                    "LOSS_WEIGHT or DISTILL.BALANCE" if self._balance else "LOSS_WEIGHT, or set DISTILL.BALANCE 0.5"
+                )
                 logger.warning(
                     f"{name}'s gradient at the student's features has been more than {_HIGH_RATIO:g} times the "
                     f"detection losses' in {_PATIENCE} measurements ({ratio:.1f} times now): it may drown them. Lower "
-                    "its LOSS_WEIGHT, or set DISTILL.BALANCE, such as 0.5."
+                    f"its {advice}."
                 )
-        if applied:
-            texts = (f"{name} {ratio:.3g} (weight {largest[name]:.3g})" for name, ratio in applied.items())
-            logger.info(f"Gradients at the features, relative to the detection losses': {', '.join(texts)}")
+        if ratios:
+            texts = ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios.items())
+            logger.info(f"Gradients at the features, relative to the detection losses': {texts}")
 
 
 def _own_name(key: str, distiller: str) -> str:
@@ -164,22 +164,44 @@ def _own_name(key: str, distiller: str) -> str:
     return key.removesuffix(f"_{variant}") if slash else key
 
 
-def _squared_gradient_norm(losses: Mapping[str, Tensor], inputs: Sequence[Tensor], distiller: str | None) -> Tensor:
+def _check_dependence(distilled: Mapping[str, Mapping[str, Tensor]], inputs: Sequence[Tensor]) -> None:
+    for name, losses in distilled.items() if inputs else ():
+        for key, loss in losses.items():
+            gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+            if all(x is None for x in gradients):
+                raise DistillError(
+                    f"{name}'s loss {key!r} does not depend on the student's features, so the student learns nothing "
+                    "from it. Compute it from student.features or student.box_head, and detach neither."
+                )
+
+
+def _gradient_ratios(
+    detection: Mapping[str, Tensor], distilled: Mapping[str, Mapping[str, Tensor]], inputs: Sequence[Tensor]
+) -> dict[str, float]:
+    """|gradient of a distiller's losses| / |gradient of the detection losses|, over all processes, where both are
+    finite and not zero."""
+    # a distiller that had nothing to compare in this process still takes its place in the sum over processes
+    squares = torch.stack([_squared_gradient_norm(losses, inputs) for losses in (detection, *distilled.values())])
+    if comm.get_world_size() > 1:
+        dist.all_reduce(squares)
+    reference, *others = squares.tolist()
+    return {
+        name: math.sqrt(other / reference)
+        for name, other in zip(distilled, others)
+        if 0 < reference < math.inf and 0 < other < math.inf
+    }
+
+
+def _squared_gradient_norm(losses: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """Squared norm of the gradient of the losses' sum at the inputs, summed over them; the graph is kept."""
-    zero = inputs[0].new_zeros((), dtype=torch.float32)
+    norm = inputs[0].new_zeros((), dtype=torch.float32)
     if not losses:
-        return zero
+        return norm
     total = sum(losses.values())
-    # in float16 small gradients vanish and large ones overflow, so the loss is scaled as a gradient scaler does it
-    for scale in (2.0**16, 2.0**8, 1.0) if inputs[0].dtype == torch.float16 else (1.0,):
+    # in mixed precision small gradients vanish and large ones overflow, so the loss is scaled as a gradient scaler does
+    for scale in (2.0**16, 2.0**8, 1.0):
         gradients = torch.autograd.grad(total * scale, inputs, retain_graph=True, allow_unused=True)
-        gradients = [x.float() / scale for x in gradients if x is not None]
-        norm = sum((x.square().sum() for x in gradients), zero)
+        norm = sum(((x.float() / scale).square().sum() for x in gradients if x is not None), torch.zeros_like(norm))
         if norm.isfinite():
             break
-    if distiller and not gradients:
-        raise DistillError(
-            f"{distiller}'s losses ({', '.join(losses)}) do not depend on the student's features, so the student "
-            "learns nothing from them. Compute them from student.features or student.box_head, and detach neither."
-        )
     return norm

@@ -81,8 +81,15 @@ class PrototypeBank(nn.Module):
         there = kept.labels >= 0
         return kept.student[there], kept.teacher[there], kept.labels[there]
 
+    def clear(self) -> None:
+        """Forgets all prototypes, and that they were searched."""
+        for kept in self.levels.values():
+            kept.labels.fill_(-1)
+            kept.images.fill_(-1)
+        self.searches.zero_()
+
     def replace(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Forgets all prototypes and keeps new ones.
+        """Puts new prototypes in the place of all that there are.
 
         Args:
             found: for each level the buffers of :class:`LevelPrototypes`, with as many rows as there are prototypes.

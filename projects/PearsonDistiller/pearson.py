@@ -1,6 +1,6 @@
 """Pearson-correlation distillation (PKD): Cao et al., NeurIPS 2022, arXiv 2207.02039."""
 
-import torch.nn.functional as F
+import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
@@ -17,16 +17,21 @@ def add_config(cfg: CfgNode) -> None:
     cfg.DISTILL.PEARSON.LEVELS = []
 
 
-def standardize(features: Tensor) -> Tensor:
-    """``Tensor[N, C, H, W]`` with mean 0 and deviation 1 of each channel over batch and space."""
-    centred = features - features.mean((0, 2, 3), keepdim=True)
-    return centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-6).sqrt()
-
-
 @in_float32
-def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 minus the correlation of the two ``Tensor[N, C, H, W]``, averaged over channels; equation 4 of the paper."""
-    return F.mse_loss(standardize(student), standardize(teacher)) / 2
+def pearson_loss(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """1 minus the correlation of the two ``Tensor[N, C, H, W]``, averaged over channels; equation 4 of the paper.
+
+    ``weights``, ``Tensor[N, 1, H, W]``, count cells more or less in all averages over batch and space.
+    """
+    weights = torch.ones_like(teacher[:, :1]) if weights is None else weights
+    weights = weights / weights.sum().clamp(min=1e-6)
+
+    def average(x: Tensor) -> Tensor:
+        return (x * weights).sum((0, 2, 3), keepdim=True)
+
+    centred = [x - average(x) for x in (student, teacher)]
+    standardized = [x / (average(x.square()) + 1e-6).sqrt() for x in centred]
+    return average((standardized[0] - standardized[1]).square()).mean() / 2
 
 
 @DISTILLER_REGISTRY.register()
@@ -46,6 +51,6 @@ class PearsonDistiller(Distiller):
         adaptation = build_adaptation(levels, student_shape, teacher_shape)
         return {"levels": levels, "adaptation": adaptation, **cls.weight_settings(node)}
 
-    def forward(self, student, teacher) -> dict[str, Tensor]:
-        pairs = [(self.adaptation[level](student.features[level]), teacher.features[level]) for level in self.levels]
-        return {"loss_pearson": sum(pearson_loss(*pair) for pair in pairs)}
+    def forward(self, student, teacher, weights=None) -> dict[str, Tensor]:
+        pairs = {k: (self.adaptation[k](student.features[k]), teacher.features[k]) for k in self.levels}
+        return {"loss_pearson": sum(pearson_loss(*pairs[k], weights and weights[k]) for k in self.levels)}

@@ -22,6 +22,31 @@ def test_is_one_minus_the_correlation_of_each_channel():
     assert scaled.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_weights_count_cells():
+    from projects.PearsonDistiller.pearson import pearson_loss
+
+    rng = np.random.default_rng()
+    student, teacher = rng.normal(size=(2, 2, 5, 6, 7))
+    weights = rng.integers(0, 3, size=(2, 1, 6, 7))
+    repeated = [np.repeat(x.transpose(1, 0, 2, 3).reshape(5, -1), weights.ravel(), axis=1) for x in (student, teacher)]
+    expected = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(*repeated)])
+    loss = pearson_loss(*(torch.from_numpy(x) for x in (student, teacher, weights.astype(float))))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_local_part_of_global_knowledge_may_be_pearsons(tmp_path):
+    teacher = write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=24))
+    (tmp_path / "config.yaml").write_text(distillation_cfg(detector_cfg("faster_rcnn"), teacher).dump())
+    opts = ["DISTILL.IMPORTS", "['projects.PearsonDistiller.pearson']", "DISTILL.GLOBAL.NUM_PROTOTYPES", "2"]
+    opts += ["DISTILL.DISTILLERS", "['GlobalKnowledgeDistiller']", "DISTILL.GLOBAL.LOCAL_DISTILLER", "PearsonDistiller"]
+    model = build_model(load_config(str(tmp_path / "config.yaml"), opts)).train()
+    with EventStorage():
+        losses = model(random_batch((64, 96), (61, 75)))
+    losses["loss_local"].backward()
+    assert losses["loss_local"] > 0
+    assert model.student.backbone.fpn_output3.weight.grad.abs().sum() > 0
+
+
 def test_constant_channels_and_half_precision_stay_finite():
     from projects.PearsonDistiller.pearson import pearson_loss
 

@@ -155,6 +155,13 @@ def test_a_module_brings_its_keys_before_the_config_is_read(outside, tmp_path, m
         load_config(str(tmp_path / "written.yaml"), ["DISTILL.OUTSIDE.DECAI", "1.0"])
 
 
+def test_an_error_in_a_users_module_keeps_its_traceback(outside, tmp_path):
+    outside("import torch\ntorch.no_such_thing\n")
+    (tmp_path / "c.yaml").write_text("DISTILL: {IMPORTS: [outside_distiller]}\nVERSION: 2\n")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
 @pytest.mark.parametrize("imports", ["x", "3", "[3]", "{a: b}"])
 def test_imports_that_are_no_list_of_names_are_refused(tmp_path, imports):
     (tmp_path / "c.yaml").write_text(f"DISTILL: {{IMPORTS: {imports}}}\nVERSION: 2\n")
@@ -190,6 +197,11 @@ def test_variants_come_from_a_file_and_the_command_line(tmp_path):
     (tmp_path / "c.yaml").write_text("_BASE_: base.yaml\nDISTILL: {VARIANTS: {fine: {REVIEW: {NORM: GN}}}}\n")
     cfg = load_config(str(tmp_path / "c.yaml"), ["DISTILL.VARIANTS.fine.REVIEW.NORM", "BN"])
     assert cfg.DISTILL.VARIANTS.fine.REVIEW == {"LEVELS": ["p2"], "NORM": "BN"}
+    with pytest.raises(DistillError, match="'DISTILL.VARIANTS.new.REVIEW.NORM'.*A config file defines"):
+        load_config(str(tmp_path / "c.yaml"), ["DISTILL.VARIANTS.new.REVIEW.NORM", "BN"])
+    (tmp_path / "c.yaml").write_text("DISTILL: {VARIANTS: {2: {REVIEW: {NORM: GN}}}}\nVERSION: 2\n")
+    with pytest.raises(DistillError, match="VARIANTS has the label 2, expected text: quote it"):
+        load_config(str(tmp_path / "c.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +214,14 @@ def test_variants_come_from_a_file_and_the_command_line(tmp_path):
             {"x": {"IMITATION": {"REGIO": "all"}}},
             "Unknown key 'IMITATION.REGIO' in DISTILL.VARIANTS.x.*'IMITATION.REGION'",
         ),
-        (["ImitationDistiller/x.y"], {"x.y": {}}, "'ImitationDistiller/x.y': a variant's name must not contain a dot"),
+        (
+            ["ImitationDistiller/x.y"],
+            {"x.y": {}},
+            "'ImitationDistiller/x.y': expected NAME or NAME/LABEL",
+        ),
+        (["ImitationDistiller/"], {}, "'ImitationDistiller/': expected NAME or NAME/LABEL"),
+        (["ImitationDistiller/x"], {"x": {"BALANCE": 1.0}}, "VARIANTS.x sets BALANCE, which is not a distiller's own"),
+        (["ImitationDistiller/x"], {"x": {"TEACHER": {}}}, "VARIANTS.x sets TEACHER, which is not a distiller's own"),
         (["Imitation/x"], {"x": {}}, "Unknown distiller 'Imitation'"),
     ],
 )

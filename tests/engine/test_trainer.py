@@ -75,16 +75,34 @@ def test_the_balance_is_kept_in_the_checkpoint_and_goes_on_from_it(tmp_path):
     trainer = OneBatchTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
-    state = trainer.model.state_dict()["distillers.ReviewDistiller.gradient_ratio"]
-    assert state[1] == 2  # iterations 0 and 2
+    state = trainer.model.state_dict()
+    mean = state["distillers.ReviewDistiller.log_gradient_ratio"]
+    assert state["distillers.ReviewDistiller.num_measurements"] == 2  # iterations 0 and 2
     cfg.SOLVER.MAX_ITER = 4
     resumed = OneBatchTrainer(cfg)
     resumed.resume_or_load(resume=True)
     resumed.train()
-    assert torch.equal(resumed.model.distillers["ReviewDistiller"].gradient_ratio, state)
+    assert torch.equal(resumed.model.distillers["ReviewDistiller"].log_gradient_ratio, mean)
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
     weights = [line["weight/loss_review"] for line in lines]
-    assert weights[-1] == pytest.approx(0.5 / math.exp(state[0]), rel=1e-5)
+    assert weights[-1] == pytest.approx(0.5 / math.exp(mean), rel=1e-5)
+
+
+def test_a_run_that_begins_from_the_weights_of_another_forgets_its_balance(tmp_path):
+    cfg = distillation_cfg(
+        detector_cfg("faster_rcnn", **{"SOLVER.MAX_ITER": 1, "OUTPUT_DIR": str(tmp_path / "out")}),
+        write_teacher(tmp_path, detector_cfg("faster_rcnn")),
+        **{"DISTILL.BALANCE": 0.5},
+    )
+    trainer = OneBatchTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(tmp_path / "out" / "model_final.pth"), str(tmp_path / "other")
+    other = OneBatchTrainer(cfg)
+    other.resume_or_load(resume=False)
+    own, given = (x.model.distillers["ReviewDistiller"] for x in (other, trainer))
+    assert torch.equal(own.review.fusions[0].reduce.weight, given.review.fusions[0].reduce.weight)
+    assert given.num_measurements == 1 and own.num_measurements == own.log_gradient_ratio == 0
 
 
 def test_adamw_has_detectron2s_groups_and_clipping(tmp_path):

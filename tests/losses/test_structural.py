@@ -89,6 +89,15 @@ def test_a_small_map_shrinks_the_window_to_the_largest_odd_size(shape, window):
         np.testing.assert_allclose(ours.numpy(), (2 * x * y + 1e-4) / (x**2 + y**2 + 1e-4), rtol=1e-9)
 
 
+@pytest.mark.parametrize("exponents", [(1.0, 1.0, 1.0), (1.0, 1.0, 1.001)])
+def test_an_offset_many_times_the_contrast_costs_no_accuracy_in_float32(exponents):
+    x, y = (torch.from_numpy(a) for a in random_maps(1, 2, 16, 16))
+    x = 0.1 * x + 70
+    exact = structural_similarity(x, y, exponents=exponents)
+    got = structural_similarity(x.float(), y.float(), exponents=exponents)
+    torch.testing.assert_close(got.double(), exact, atol=1e-3, rtol=0)
+
+
 def test_data_range_may_differ_by_channel():
     x, y = (torch.from_numpy(a) for a in random_maps())
     ranges = [1.0, 2.0, 5.0]

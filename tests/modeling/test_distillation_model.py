@@ -227,7 +227,7 @@ def test_inheriting_copies_what_is_named_and_nothing_else(tmp_path):
     parts = ["backbone.fpn_", "proposal_generator", "roi_heads"]
     model = build_model(distillation_cfg(detector_cfg("faster_rcnn"), overrides, **{"DISTILL.STUDENT.INHERIT": parts}))
     before = copy.deepcopy(model.student.state_dict())
-    model.inherit()
+    model.start()
     given = model.teacher.model.state_dict()
     for key, value in model.student.state_dict().items():
         source = given if key.startswith(tuple(parts)) else before

@@ -88,8 +88,8 @@ def test_measured_ratios_are_those_of_the_gradients_at_the_features():
     assert weights == {"A": 0.5, "B": 0.5} and logged["weight/loss_a"] == 0.5
     for name in ("A", "B"):
         assert logged[f"gradient_ratio/{name}"] == pytest.approx(0.5 * ratios[name], rel=1e-5)
-        mean_log, count = distillers[name].gradient_ratio.tolist()
-        assert count == 1 and math.exp(mean_log) == pytest.approx(ratios[name], rel=1e-5)
+        assert distillers[name].num_measurements == 1
+        assert math.exp(distillers[name].log_gradient_ratio) == pytest.approx(ratios[name], rel=1e-5)
 
 
 def test_gradients_are_measured_every_period_only(monkeypatch):
@@ -97,6 +97,7 @@ def test_gradients_are_measured_every_period_only(monkeypatch):
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: calls.append(1) or grad(*args, **kwargs))
     _, loss_weights = make("A", "B", period=4)
+    step(loss_weights, {"A": 1.0, "B": 1.0}, 99)  # the first call checks each loss
     counts = []
     for iteration in range(9):
         calls.clear()
@@ -133,8 +134,8 @@ def test_the_scale_follows_a_loss_that_is_multiplied_by_100():
 def test_the_first_measurements_count_alike():
     distillers, loss_weights = make("A", period=1, balance=1.0)
     ratios = [step(loss_weights, {"A": scale}, i)[1]["A"] for i, scale in enumerate((1.0, 10.0, 100.0))]
-    mean_log, count = distillers["A"].gradient_ratio.tolist()
-    assert count == 3 and mean_log == pytest.approx(sum(map(math.log, ratios)) / 3, rel=1e-4)
+    assert distillers["A"].num_measurements == 3
+    assert distillers["A"].log_gradient_ratio.item() == pytest.approx(sum(map(math.log, ratios)) / 3, rel=1e-4)
 
 
 def test_the_balance_goes_on_from_a_checkpoint():
@@ -154,7 +155,42 @@ def test_float16_gradients_neither_vanish_nor_overflow(size):
     distillers, loss_weights = make("A", period=1)
     _, ratios, _ = step(loss_weights, {"A": 2 * size}, dtype=torch.float16, size=size)
     rel = 1e-2 if size >= 1e-6 else 0.5  # float16 has few bits down there, but it is not zero
-    assert math.exp(distillers["A"].gradient_ratio[0].item()) == pytest.approx(ratios["A"], rel=rel)
+    assert math.exp(distillers["A"].log_gradient_ratio.item()) == pytest.approx(ratios["A"], rel=rel)
+
+
+def test_float32_features_in_front_of_float16_layers_are_measured_alike():
+    # as with group norm in the FPN, which autocast keeps in float32, and heads in float16
+    distillers, loss_weights = make("A", period=1)
+    conv, x = nn.Conv2d(8, 8, 1), torch.randn(1, 8, 32, 32, requires_grad=True)
+
+    def losses():
+        y = conv(x).float()
+        return {"loss": 1e-7 * y.square().mean()}, {"A": {"loss_a": 3e-7 * y.mean()}}
+
+    loss_weights(*losses(), {"p2": x})
+    expected = distillers["A"].log_gradient_ratio.item()
+    distillers["A"].reset()
+    with torch.autocast("cpu", torch.float16):
+        loss_weights(*losses(), {"p2": x})
+    assert distillers["A"].num_measurements == 1
+    assert math.exp(distillers["A"].log_gradient_ratio.item() - expected) == pytest.approx(1, rel=0.05)
+
+
+def test_the_logged_ratio_is_that_of_the_weighted_losses():
+    distillers, loss_weights = make("A", period=1)
+    distillers["A"].decay, distillers["A"].undecayed = 1.0, ["loss_b"]
+    x = torch.randn(100, requires_grad=True)
+    losses = {"A": {"loss_a": 100 * x[:50].sum(), "loss_b": 2 * x[50:].sum()}}
+    with EventStorage(990) as storage:
+        loss_weights({"loss": x.sum()}, losses, {"p2": x})
+        logged = storage.latest()["gradient_ratio/A"][0]
+    assert logged == pytest.approx(math.sqrt((1**2 + 2**2) / 2), rel=1e-5)  # 100 at a weight of 0.01, and 2 at 1
+
+
+def test_nothing_decays_without_a_known_end_and_no_weight_is_negative():
+    distiller = Distiller(decay=0.5)
+    assert distiller.weight_at(10**6, None) == 1.0
+    assert distiller.weight_at(200, 100) == 0.0
 
 
 def test_a_loss_without_gradient_or_without_anything_is_not_counted():
@@ -162,8 +198,8 @@ def test_a_loss_without_gradient_or_without_anything_is_not_counted():
     x = torch.randn(3, requires_grad=True)
     for _ in range(2):
         weights = loss_weights({"loss": x.sum()}, {"A": {"loss_a": 0 * x.sum()}, "B": {}}, {"p2": x})
-        assert weights == {"A": {"loss_a": 1.0}, "B": {}}
-    assert distillers["A"].gradient_ratio.tolist() == distillers["B"].gradient_ratio.tolist() == [0, 0]
+        assert weights == {"A": {"loss_a": 0.0}, "B": {}}  # no weight before the scale is known
+    assert distillers["A"].num_measurements == distillers["B"].num_measurements == 0
 
 
 def test_a_high_ratio_for_long_is_one_warning(caplog):
@@ -179,11 +215,13 @@ def test_a_high_ratio_for_long_is_one_warning(caplog):
     assert "LOSS_WEIGHT" in record.getMessage() and "DISTILL.BALANCE" in record.getMessage()
 
 
-def test_a_loss_that_does_not_reach_the_features_is_refused():
-    _, loss_weights = make("A", period=1)
+@pytest.mark.parametrize("period", [0, 50])
+def test_a_loss_that_does_not_reach_the_features_is_refused_in_the_first_step(period):
+    _, loss_weights = make("A", period=period)
     x, own = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
-    with pytest.raises(DistillError, match=r"A's losses \(loss_a\) do not depend on the student's features"):
-        loss_weights({"loss": x.sum()}, {"A": {"loss_a": own.sum()}}, {"p2": x})
+    losses = {"A": {"loss_a": x.sum(), "loss_b": own.sum()}}
+    with pytest.raises(DistillError, match=r"A's loss 'loss_b' does not depend on the student's features"):
+        loss_weights({"loss": x.sum()}, losses, {"p2": x})
 
 
 def test_a_frozen_backbone_can_be_logged_but_not_balanced():

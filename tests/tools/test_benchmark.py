@@ -25,6 +25,7 @@ def test_reports_every_part(tmp_path, kind):
         "teacher's forward",
         "ReviewDistiller, forward and backward",
         "full step",
+        "full step that measures gradients (every 50 iterations)",
     ]
     assert [row["part"] for row in content["rows"]] == parts
     assert all(row["min ms"] <= row["ms"] <= row["max ms"] and row["peak MiB"] > 0 for row in content["rows"])

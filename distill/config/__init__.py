@@ -1,0 +1,26 @@
+"""Config keys, and how config files are read."""
+
+from .defaults import add_distill_config, add_weight_config
+from .loading import (
+    CLASS_NODES,
+    import_modules,
+    load_config,
+    num_classes,
+    plain_config,
+    resolve_config_file,
+    student_config,
+    variant_config,
+)
+
+__all__ = [
+    "CLASS_NODES",
+    "add_distill_config",
+    "add_weight_config",
+    "import_modules",
+    "load_config",
+    "num_classes",
+    "plain_config",
+    "resolve_config_file",
+    "student_config",
+    "variant_config",
+]

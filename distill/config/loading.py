@@ -1,0 +1,246 @@
+"""How config files are read, and what configs are made of them."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from ..errors import DistillError
+from .defaults import add_distill_config
+
+# the node of MODEL that has NUM_CLASSES, by meta-architecture
+CLASS_NODES = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
+
+# what yacs and fvcore raise for a file or an override that they cannot merge
+_MERGE_ERRORS = (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError)
+
+
+def resolve_config_file(name: str) -> tuple[str, bool]:
+    """Finds a config file.
+
+    Args:
+        name: path of a file, or the name of a config in Detectron2's model zoo.
+
+    Returns:
+        Its path, and whether it is the model zoo's.
+
+    Raises:
+        DistillError: there is no such file or name.
+    """
+    if os.path.isfile(name):
+        return name, False
+    try:
+        return model_zoo.get_config_file(name), True
+    except RuntimeError:
+        raise DistillError(
+            f"Config {name!r} is neither a file nor a config of Detectron2's model zoo. Give a path (from the "
+            "current folder) or a name such as 'COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml'."
+        ) from None
+
+
+def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Reads a config, with the keys of this package and of the modules in DISTILL.IMPORTS, and safe YAML only.
+
+    Args:
+        name: path of a file, or the name of a config in Detectron2's model zoo. Only the zoo's own files, read
+            from inside its package, may contain ``!!python`` tags.
+        opts: overrides, ``[KEY, VALUE, ...]``.
+
+    Returns:
+        The config, not frozen.
+
+    Raises:
+        DistillError: no such file, not safe YAML, an unknown key (the nearest known one is named), a value of the
+            wrong type, or a module that cannot be imported.
+    """
+    path, from_zoo = resolve_config_file(name)
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    try:
+        loaded = cfg.load_yaml_with_base(path, allow_unsafe=from_zoo)
+    except yaml.constructor.ConstructorError as error:
+        raise DistillError(
+            f"Config {path} is not safe YAML: {error.problem}{error.problem_mark or ''}. Python tags can run any "
+            "code and are refused: write the value out."
+        ) from None
+    except yaml.YAMLError as error:
+        raise DistillError(f"Config {path} is not valid YAML: {error}") from None
+    except _MERGE_ERRORS as error:
+        raise _explain(error, cfg, f"config {path}") from None
+    for module in import_modules(_named_imports(loaded, opts, path)):
+        if hasattr(module, "add_config"):
+            module.add_config(cfg)
+    try:
+        cfg.merge_from_file(path, allow_unsafe=from_zoo)
+    except _MERGE_ERRORS as error:
+        raise _explain(error, cfg, f"config {path}") from None
+    try:
+        cfg.merge_from_list(list(opts))
+    except _MERGE_ERRORS as error:
+        raise _explain(error, cfg, "the overrides (KEY VALUE ...)") from None
+    return cfg
+
+
+def import_modules(names: Sequence[str]) -> list[ModuleType]:
+    """Imports the modules of DISTILL.IMPORTS.
+
+    Args:
+        names: dotted names, found where Python finds modules, and from the current folder.
+
+    Returns:
+        The modules.
+
+    Raises:
+        DistillError: there is no such module, or a name is no text.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a script in another folder, such as tools/, does not have it
+    modules = []
+    for name in names:
+        if not isinstance(name, str):
+            raise DistillError(f"DISTILL.IMPORTS holds {name!r}: expected dotted names of modules.")
+        try:
+            modules.append(importlib.import_module(name))
+        except ModuleNotFoundError as error:
+            raise DistillError(
+                f"DISTILL.IMPORTS names the module {name!r}, which cannot be imported: {error}. Give a dotted name, "
+                "such as 'projects.PearsonDistiller.pearson', from the current folder or from a folder on PYTHONPATH."
+            ) from error
+    return modules
+
+
+def variant_config(cfg: CfgNode, variant: str) -> CfgNode:
+    """The config that a variant of a distiller is built from.
+
+    Args:
+        cfg: the full config.
+        variant: a key of DISTILL.VARIANTS, whose keys replace those of DISTILL.
+
+    Returns:
+        A copy, not frozen.
+
+    Raises:
+        DistillError: there is no such variant, or it sets what is not a distiller's.
+    """
+    if variant not in cfg.DISTILL.VARIANTS:
+        known = ", ".join(cfg.DISTILL.VARIANTS) or "none"
+        raise DistillError(
+            f"DISTILL.DISTILLERS names the variant {variant!r}, but DISTILL.VARIANTS has: {known}. Add its settings, "
+            f"such as VARIANTS: {{{variant}: {{IMITATION: {{LOSS_WEIGHT: 2.0}}}}}}."
+        )
+    for key, value in cfg.DISTILL.VARIANTS[variant].items():
+        if not isinstance(value, CfgNode) or key in ("STUDENT", "TEACHER", "VARIANTS"):
+            raise DistillError(
+                f"DISTILL.VARIANTS.{variant} sets {key}, which is not a distiller's own. Expected nodes of distillers, "
+                f"such as {variant}: {{IMITATION: {{LOSS_WEIGHT: 2.0}}}}."
+            )
+    cfg = cfg.clone()
+    cfg.defrost()
+    try:
+        cfg.DISTILL.merge_from_other_cfg(cfg.DISTILL.VARIANTS[variant])
+    except _MERGE_ERRORS as error:
+        raise _explain(error, cfg.DISTILL, f"DISTILL.VARIANTS.{variant}") from None
+    return cfg
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The config of the student alone.
+
+    Args:
+        cfg: a full config; one without distillation is the student's already.
+
+    Returns:
+        A copy, not frozen, in which MODEL.META_ARCHITECTURE is the student's own.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.META_ARCHITECTURE == "DistillationModel":
+        cfg.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT.META_ARCHITECTURE
+    return cfg
+
+
+def plain_config(cfg: CfgNode) -> CfgNode:
+    """The student's config as plain Detectron2 reads it.
+
+    The keys of this package are dropped, but for those that the student itself is built from: MODEL.FCOS for an
+    FCOS student, MODEL.TORCHVISION for a torchvision backbone. To read such a config, call
+    ``add_distill_config`` first.
+
+    Args:
+        cfg: a full config.
+
+    Returns:
+        A copy, not frozen.
+    """
+    cfg = student_config(cfg)
+    del cfg["DISTILL"], cfg.DATASETS["REGISTER"], cfg.SOLVER["OPTIMIZER"]
+    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
+        del cfg.MODEL["FCOS"]
+    if cfg.MODEL.BACKBONE.NAME != "build_torchvision_fpn_backbone":
+        del cfg.MODEL["TORCHVISION"]
+    return cfg
+
+
+def num_classes(cfg: CfgNode) -> int:
+    """How many classes the student tells apart.
+
+    Args:
+        cfg: the full config, or the student's.
+
+    Returns:
+        The number, without background.
+
+    Raises:
+        DistillError: the student is of a family that keeps it elsewhere.
+    """
+    arch = student_config(cfg).MODEL.META_ARCHITECTURE
+    if arch not in CLASS_NODES:
+        raise DistillError(f"The number of classes of a {arch} is not known: expected one of {', '.join(CLASS_NODES)}.")
+    return cfg.MODEL[CLASS_NODES[arch]].NUM_CLASSES
+
+
+def _named_imports(loaded: Any, opts: Sequence[str], path: str) -> list[str]:
+    """DISTILL.IMPORTS as it will be once the file and the overrides are merged."""
+    node = loaded.get("DISTILL") if isinstance(loaded, dict) else None
+    node = node if isinstance(node, dict) else {}
+    for label in node.get("VARIANTS") or {}:
+        if not isinstance(label, str):
+            raise DistillError(f"Config {path}: DISTILL.VARIANTS has the label {label!r}, expected text: quote it.")
+    names = node.get("IMPORTS", [])
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key == "DISTILL.IMPORTS":
+            names = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        raise DistillError(f"DISTILL.IMPORTS is {names!r}: expected a list of modules, such as ['my_distiller'].")
+    return list(names)
+
+
+def _all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _all_keys(value, f"{prefix}{key}.")
+
+
+def _explain(error: Exception, cfg: CfgNode, where: str) -> DistillError:
+    """Turns what yacs raises while merging into one helpful error."""
+    message = str(error.args[0]) if error.args and not isinstance(error, OSError) else str(error)
+    for start in ("Non-existent config key: ", "Non-existent key: "):
+        if message.startswith(start):
+            key = message.removeprefix(start).strip()
+            if key.startswith("DISTILL.VARIANTS."):
+                return DistillError(
+                    f"Unknown key {key!r} in {where}. A config file defines DISTILL.VARIANTS with their keys; the "
+                    "command line can change what is defined."
+                )
+            nearest = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0)
+            return DistillError(f"Unknown key {key!r} in {where}. The nearest existing key is {nearest[0]!r}.")
+    hint = " Write the number with a point." if "(<class 'float'> vs. <class 'int'>)" in message else ""
+    return DistillError(f"Cannot use {where}: {message}.{hint}")
