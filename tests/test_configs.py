@@ -19,13 +19,6 @@ CONFIGS = sorted(
 )
 # folders and names of configs without distillation
 PLAIN = {"coco", "voc", "teacher", "student", "retinanet_teacher", "retinanet_student"}
-    "coco",
-    "voc",
-    "teacher",
-    "student",
-    "retinanet_teacher",
-    "retinanet_student",
-}  # folders and names of configs without distillation
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
