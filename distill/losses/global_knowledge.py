@@ -13,8 +13,8 @@ from .precision import in_float32
 def box_means(features: Tensor, boxes: Sequence[Tensor], stride: float) -> Tensor:
     """Averages a level over boxes: over the cells from floor(x0 / stride) to floor(x1 / stride) inclusive, y alike.
 
-    The columns of a box are summed by differences of a running sum along each row, the rows by a product with their
-    mask: no loop over boxes, and no sum over a whole map whose rounding would drown a small box.
+    The columns of all boxes are summed by one matrix product with their mask, the rows of each box by another: no loop
+    over boxes, and no running sum over the map, whose rounding would drown a small box.
 
     Args:
         features: ``Tensor[N, C, H, W]``.
@@ -28,12 +28,13 @@ def box_means(features: Tensor, boxes: Sequence[Tensor], stride: float) -> Tenso
     means = []
     for level, corners in zip(features, boxes, strict=True):
         (first_x, last_x), (first_y, last_y) = _cells(corners, level.shape[1:], stride)
-        sums = F.pad(level.cumsum(2), (1, 0))  # [C, H, W + 1]
-        columns = sums.index_select(2, last_x + 1) - sums.index_select(2, first_x)  # [C, H, M]
-        rows = torch.arange(level.shape[1], device=level.device)[:, None]
-        inside = ((rows >= first_y) & (rows <= last_y)).to(level.dtype)  # [H, M]
+        columns, rows = (
+            _between(first, last, length).to(level.dtype)
+            for first, last, length in ((first_x, last_x, level.shape[2]), (first_y, last_y, level.shape[1]))
+        )
+        sums = torch.einsum("chm,mh->mc", level @ columns.T, rows)
         count = (last_x - first_x + 1) * (last_y - first_y + 1)
-        means.append((columns * inside).sum(1).T / count[:, None])
+        means.append(sums / count[:, None])
     return torch.cat(means)
 
 
@@ -66,10 +67,7 @@ def box_mask(boxes: Sequence[Tensor], values: Sequence[Tensor], size: tuple[int,
     """
     masks = []
     for corners, value in zip(boxes, values, strict=True):
-        inside = []
-        for (first, last), length in zip(_cells(corners, size, stride)[::-1], size):
-            cells = torch.arange(length, device=corners.device)
-            inside.append((cells >= first[:, None]) & (cells <= last[:, None]))
+        inside = [_between(*cells, length) for cells, length in zip(_cells(corners, size, stride)[::-1], size)]
         painted = torch.where(inside[0][:, :, None] & inside[1][:, None, :], value[:, None, None].float(), -1.0)
         masks.append(painted.amax(0) if len(painted) else painted.new_full(size, -1.0))
     return torch.stack(masks)[:, None]
@@ -82,6 +80,12 @@ def _cells(
     cells = (corners / stride).floor().long()
     x0, y0, x1, y1 = (cells[:, i].clamp(0, size[1 - i % 2] - 1) for i in range(4))
     return (x0, x1), (y0, y1)
+
+
+def _between(first: Tensor, last: Tensor, length: int) -> Tensor:
+    """``BoolTensor[M, length]``: which cells lie between the first and the last of each box."""
+    cells = torch.arange(length, device=first.device)
+    return (cells >= first[:, None]) & (cells <= last[:, None])
 
 
 @in_float32
