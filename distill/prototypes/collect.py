@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MapDataset, detection_utils, get_detection_dataset_dicts
+from detectron2.data import MapDataset, detection_utils, get_detection_dataset_dicts
 from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -80,7 +80,7 @@ class InstanceCollector:
         )
         self._loader = partial(
             DataLoader,
-            MapDataset(DatasetFromList(self._images, copy=False), mapper),
+            MapDataset(self._images, mapper),
             batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=list,
