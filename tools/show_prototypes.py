@@ -45,9 +45,12 @@ def read_prototypes(path: str) -> dict[str, dict[str, Tensor]]:
         DistillError: the file cannot be read or holds no prototypes.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        state = torch.load(path, map_location="cpu", weights_only=True).get("model", {})
     except Exception as error:  # whatever torch raises for a missing or damaged file
         raise DistillError(f"Cannot read the checkpoint {path!r}: {error}. Give a run's model_final.pth.") from error
+    owners = {key.partition(KEY)[0] for key in state if KEY in key}
+    if len(owners) > 1:
+        raise DistillError(f"The checkpoint {path!r} holds the prototypes of several distillers: {', '.join(owners)}.")
     levels: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         if KEY in key:
@@ -119,6 +122,12 @@ def show(config_file: str, weights: str, output: str, only: list[str], margin: f
     cfg = load_config(config_file, opts)
     register_datasets(cfg.DATASETS.REGISTER)
     images = training_images(cfg)
+    last = max(int(kept["images"].max()) for kept in levels.values())
+    if last >= len(images):
+        raise DistillError(
+            f"A prototype is of image {last}, but {', '.join(cfg.DATASETS.TRAIN)} has {len(images)} images: give the "
+            "config that this checkpoint was trained with."
+        )
     names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
     unknown = [name for name in only if name not in names]
     if unknown:

@@ -94,7 +94,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.DISTILL.GLOBAL = CN()
     add_weight_config(_C.DISTILL.GLOBAL)
     _C.DISTILL.GLOBAL.DECAY = 1.0
-    # FPN levels to compare. Empty: all that student and teacher share.
+    # FPN levels to compare. Empty: all that student and teacher share. The sizes of boxes are spread over these.
     _C.DISTILL.GLOBAL.LEVELS = []
     # Prototypes of a class at a level, and how they are picked, see distill.prototypes.select_prototypes
     _C.DISTILL.GLOBAL.NUM_PROTOTYPES = 10
@@ -106,18 +106,19 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Images that are searched for a class, and the shorter side of a box, in pixels as the detectors see it
     _C.DISTILL.GLOBAL.MAX_IMAGES = 800
     _C.DISTILL.GLOBAL.MIN_BOX_SIZE = 30
-    # Which boxes are compared: "proposals" (the student's sampled positive ones; of a dense detector, the annotations)
-    # or "ground_truth"
+    # Which boxes are compared, in all parts: "proposals" (the student's sampled positive ones; of a dense detector, the
+    # annotations) or "ground_truth"
     _C.DISTILL.GLOBAL.INSTANCES = "proposals"
     # Distances to the prototypes
     _C.DISTILL.GLOBAL.GLOBAL_ON = True
     _C.DISTILL.GLOBAL.GLOBAL_WEIGHT = 5.0
     # Features, inside and outside of the boxes
     _C.DISTILL.GLOBAL.LOCAL_ON = True
+    _C.DISTILL.GLOBAL.LOCAL_WEIGHT = 1.0
     _C.DISTILL.GLOBAL.LOCAL_FOREGROUND_WEIGHT = 4.0
     _C.DISTILL.GLOBAL.LOCAL_BACKGROUND_WEIGHT = 1.0
     # Empty: their squared difference. Or a distiller that takes weights, such as "ImitationDistiller", with the
-    # settings of its own node
+    # settings of its own node but for WARMUP_ITERS and DECAY
     _C.DISTILL.GLOBAL.LOCAL_DISTILLER = ""
     # Classifications of the same boxes, softened by the temperature
     _C.DISTILL.GLOBAL.RESPONSE_ON = True

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..config import num_classes
@@ -43,8 +43,8 @@ class GlobalKnowledgeDistiller(Distiller):
         local_distiller: takes the place of the local part's squared difference; its ``forward`` accepts ``weights``.
         instances: "proposals" (the student's sampled positive ones; the annotations of a dense detector) or
             "ground_truth".
-        global_weight, foreground_weight, background_weight, response_weight: factors of the parts; None leaves a part
-            out.
+        global_weight, local_weight, response_weight: factors of the parts; None leaves a part out.
+        foreground_weight, background_weight: factors inside the local part.
         temperature: of the response part.
         hook_settings: arguments of :class:`distill.prototypes.PrototypeHook` beside model and bank.
         weight_settings: arguments of :class:`Distiller`. The decay leaves the response part alone.
@@ -62,7 +62,8 @@ class GlobalKnowledgeDistiller(Distiller):
         local_distiller: Distiller | None,
         instances: str,
         global_weight: float | None,
-        foreground_weight: float | None,
+        local_weight: float | None,
+        foreground_weight: float,
         background_weight: float,
         response_weight: float | None,
         temperature: float,
@@ -76,6 +77,7 @@ class GlobalKnowledgeDistiller(Distiller):
         self.local_distiller = local_distiller
         self.instances = instances
         self.global_weight = global_weight
+        self.local_weight = local_weight
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
         self.response_weight = response_weight
@@ -108,7 +110,8 @@ class GlobalKnowledgeDistiller(Distiller):
             "local_distiller": local_distiller,
             "instances": node.INSTANCES,
             "global_weight": node.GLOBAL_WEIGHT if node.GLOBAL_ON else None,
-            "foreground_weight": node.LOCAL_FOREGROUND_WEIGHT if node.LOCAL_ON else None,
+            "local_weight": node.LOCAL_WEIGHT if node.LOCAL_ON else None,
+            "foreground_weight": node.LOCAL_FOREGROUND_WEIGHT,
             "background_weight": node.LOCAL_BACKGROUND_WEIGHT,
             "response_weight": node.RESPONSE_WEIGHT if node.RESPONSE_ON else None,
             "temperature": node.TEMPERATURE,
@@ -129,13 +132,20 @@ class GlobalKnowledgeDistiller(Distiller):
     def reset(self) -> None:
         super().reset()
         self.prototypes.clear()
+        if self.local_distiller is not None:
+            self.local_distiller.reset()
 
     def build_hooks(self, model: nn.Module) -> list[HookBase]:
         from ..prototypes.hook import PrototypeHook  # it knows the model, which knows the distillers
 
-        return [PrototypeHook(model, self.prototypes, **self.hook_settings)]
+        if self.response_weight is not None:
+            _check_response(*model.frozen_views([]))  # an error now rather than after the search
+        hooks = [] if self.local_distiller is None else self.local_distiller.build_hooks(model)
+        return [PrototypeHook(model, self.prototypes, **self.hook_settings), *hooks]
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
+        if self.response_weight is not None:
+            _check_response(student, teacher)
         boxes, labels = self._boxes(student)
         sizes = [len(x) for x in boxes]
         own_level = box_levels(torch.cat(boxes), len(self.levels))
@@ -155,17 +165,18 @@ class GlobalKnowledgeDistiller(Distiller):
                 total = total + global_knowledge_loss(*(x[known] for x in (*similarities, robustness)))
             here = own_level == index
             agreement = torch.where(here & known, robustness, agreement)
-            painted = (here & known).split(sizes)
-            masks[level] = box_mask(
-                [x[on] for x, on in zip(boxes, painted)],
-                [x[on] for x, on in zip(robustness.split(sizes), painted)],
-                tuple(teacher.features[level].shape[2:]),
-                student.strides[level],
-            )
+            if self.local_weight is not None:
+                painted = (here & known).split(sizes)
+                masks[level] = box_mask(
+                    [x[on] for x, on in zip(boxes, painted)],
+                    [x[on] for x, on in zip(robustness.split(sizes), painted)],
+                    tuple(teacher.features[level].shape[2:]),
+                    student.strides[level],
+                )
         if self.global_weight is not None:
             losses["loss_global"] = self.global_weight * total
-        if self.foreground_weight is not None:
-            losses["loss_local"] = self._local_loss(student, teacher, masks)
+        if self.local_weight is not None:
+            losses["loss_local"] = self.local_weight * self._local_loss(student, teacher, masks)
         if self.response_weight is not None:
             losses["loss_response"] = self.response_weight * self._response_loss(
                 student, teacher, boxes, agreement.clamp(min=0)
@@ -175,11 +186,13 @@ class GlobalKnowledgeDistiller(Distiller):
     def _boxes(self, student: DetectorView) -> tuple[list[Tensor], Tensor]:
         """The instances of each image, and the classes of all."""
         if self.instances == "proposals" and student.has_box_head:
-            background = self.prototypes.num_classes
-            positive = [x[(x.gt_classes >= 0) & (x.gt_classes < background)] for x in student.proposals]
+            positive = [x[self._is_positive(x)] for x in student.proposals]
             return [x.proposal_boxes.tensor for x in positive], torch.cat([x.gt_classes for x in positive])
         truth = student.ground_truth
         return [x.gt_boxes.tensor for x in truth], torch.cat([x.gt_classes for x in truth])
+
+    def _is_positive(self, proposals: Instances) -> Tensor:
+        return (proposals.gt_classes >= 0) & (proposals.gt_classes < self.prototypes.num_classes)
 
     def _local_loss(self, student: DetectorView, teacher: DetectorView, masks: Mapping[str, Tensor]) -> Tensor:
         if self.local_distiller is None:
@@ -198,13 +211,18 @@ class GlobalKnowledgeDistiller(Distiller):
             level: torch.where(mask < 0, self.background_weight, self.foreground_weight * mask)
             for level, mask in masks.items()
         }
-        return sum(self.local_distiller(student, teacher, weights=weights).values())
+        return self.local_distiller.loss_weight * sum(self.local_distiller(student, teacher, weights=weights).values())
 
     def _response_loss(
         self, student: DetectorView, teacher: DetectorView, boxes: list[Tensor], robustness: Tensor
     ) -> Tensor:
         if student.has_box_head:
-            logits = [view.box_head([Boxes(x) for x in boxes])[0] for view in (student, teacher)]
+            teachers = teacher.box_head([Boxes(x) for x in boxes])[0]
+            if self.instances == "proposals":  # its own forward has been there, and a second one would move batch norms
+                own = student.proposal_logits[torch.cat([self._is_positive(x) for x in student.proposals])]
+            else:
+                own = student.box_head([Boxes(x) for x in boxes])[0]
+            logits = [own, teachers]
         else:
             matches = student.match_anchors()
             own, others = student.anchor_logits, teacher.anchor_logits
@@ -218,13 +236,22 @@ class GlobalKnowledgeDistiller(Distiller):
             logits = [torch.cat([x[i, row] for i, row in enumerate(rows)]) for x in (own, others)]
             parts = robustness.split([len(x) for x in boxes])
             robustness = torch.cat([part[truth] for part, (_, truth) in zip(parts, matches)])
-        if logits[0].shape[1] != logits[1].shape[1]:
-            raise DistillError(
-                f"The student classifies into {logits[0].shape[1]} classes and the teacher into {logits[1].shape[1]} "
-                "(the background counts for an R-CNN), so their answers cannot be compared. Use a teacher of the same "
-                "classes, or switch the part off by DISTILL.GLOBAL.RESPONSE_ON False."
-            )
         return response_loss(*logits, robustness, self.temperature)
+
+
+def _check_response(student: DetectorView, teacher: DetectorView) -> None:
+    """Refuses detectors whose classifications cannot be compared."""
+    differences = []
+    if student.has_box_head != teacher.has_box_head:
+        kinds = ["boxes" if view.has_box_head else "anchors" for view in (student, teacher)]
+        differences.append(f"the student classifies {kinds[0]} and the teacher {kinds[1]}")
+    if student.num_classes != teacher.num_classes:
+        differences.append(f"the student has {student.num_classes} classes and the teacher {teacher.num_classes}")
+    if differences:
+        raise DistillError(
+            f"The response part of GlobalKnowledgeDistiller compares classifications, but {' and '.join(differences)}. "
+            "Use a teacher of the same family and classes, or switch the part off: DISTILL.GLOBAL.RESPONSE_ON False."
+        )
 
 
 def _check(node: CfgNode) -> None:

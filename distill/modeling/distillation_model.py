@@ -67,6 +67,8 @@ class DistillationModel(nn.Module):
         self._tap = FeatureTap(student.backbone)
         # what the student's own heads computed is there for the distillers to see
         parts = {name: getattr(student, name, None) for name in ("roi_heads", "head")}
+        predictor = getattr(parts["roi_heads"], "box_predictor", None)
+        parts["box_predictor"] = predictor[0] if isinstance(predictor, (nn.ModuleList, list)) else predictor
         self._head_taps = {name: FeatureTap(part) for name, part in parts.items() if part is not None}
         self._check_padding()
         self.register_state_dict_post_hook(_strip_student_prefix)
@@ -134,7 +136,7 @@ class DistillationModel(nn.Module):
                 teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
             detection = dict(self.student(batched_inputs))
             record = self._tap.take()
-            outputs = {name: tap.take()[1] for name, tap in self._head_taps.items()}
+            outputs = {name: tap.take()[1] for name, tap in self._head_taps.items() if tap.has_record}
             student = DetectorView(self.student, batched_inputs, lambda: record, frozen=False, outputs=outputs)
             distilled: dict[str, dict[str, Tensor]] = {}
             taken = set(detection)

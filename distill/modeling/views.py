@@ -27,10 +27,15 @@ class FeatureTap:
         if module.training:  # in evaluation nobody takes the record, so it would only hold memory
             self._record = (args[0], output)
 
+    @property
+    def has_record(self) -> bool:
+        """Whether the module ran since the last :meth:`take`."""
+        return self._record is not None
+
     def take(self) -> tuple[Any, Any]:
         """Returns the recorded (first argument, output) and forgets it, so that it holds no graph alive."""
         if self._record is None:
-            raise DistillError("The student's forward pass did not run all of it, so there is nothing to distil.")
+            raise DistillError("The student's forward pass did not run its backbone, so there is nothing to distil.")
         record, self._record = self._record, None
         return record
 
@@ -43,7 +48,8 @@ class DetectorView:
         batched_inputs: the batch, in Detectron2's format.
         compute_features: returns the padded, normalised images and the features by level.
         frozen: whether the detector is a teacher, all of whose results come without gradient.
-        outputs: what modules of the detector returned in this step, by their names ("roi_heads", "head").
+        outputs: what modules of the detector returned in this step, by their names ("roi_heads", "box_predictor",
+            "head").
 
     Attributes:
         strides: stride of each level, in pixels.
@@ -92,15 +98,29 @@ class DetectorView:
         return hasattr(getattr(self._detector, "roi_heads", None), "box_pooler")
 
     @property
+    def num_classes(self) -> int:
+        """How many classes the detector tells apart, without background."""
+        return getattr(self._detector, "roi_heads", self._detector).num_classes
+
+    @property
     def proposals(self) -> list[Instances]:
         """The proposals of each image that the student's box head was trained on in this step: ``proposal_boxes``, and
         ``gt_classes`` with the number of classes for background."""
-        if "roi_heads" not in self._outputs:
+        return self._recorded("roi_heads")[0]
+
+    @property
+    def proposal_logits(self) -> Tensor:
+        """What the student's box head (of a Cascade R-CNN, its first stage) made of :attr:`proposals`, those of all
+        images: ``Tensor[R, K + 1]``, the background last."""
+        return self._recorded("box_predictor")[0]
+
+    def _recorded(self, name: str) -> Any:
+        if name not in self._outputs:
             raise DistillError(
                 f"This view of a {type(self._detector).__name__} has no sampled proposals: a student has them that is "
                 "a Faster, Mask or Cascade R-CNN."
             )
-        return self._outputs["roi_heads"][0]
+        return self._outputs[name]
 
     @property
     def anchor_logits(self) -> Tensor:

@@ -81,6 +81,11 @@ class PrototypeBank(nn.Module):
         there = kept.labels >= 0
         return kept.student[there], kept.teacher[there], kept.labels[there]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no class has a prototype at any level: none were searched or found, or a checkpoint's did not fit."""
+        return not any((kept.labels >= 0).any() for kept in self.levels.values())
+
     def clear(self) -> None:
         """Forgets all prototypes, and that they were searched."""
         for kept in self.levels.values():

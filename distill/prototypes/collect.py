@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MapDataset, detection_utils, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MapDataset, detection_utils, get_detection_dataset_dicts
 from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,7 +26,10 @@ def training_images(cfg: CfgNode) -> list[dict]:
         One record for each image.
     """
     return get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        check_consistency=False,
     )
 
 
@@ -60,16 +63,19 @@ class InstanceCollector:
         levels: names of the levels.
         max_images: how many images a class may have.
         min_box_size: the shorter side that a box must have, in pixels of the image as the detectors see it.
+
+    Attributes:
+        num_training_images: of the whole data set.
     """
 
     def __init__(self, cfg: CfgNode, levels: Sequence[str], max_images: int, min_box_size: float) -> None:
         self._levels = list(levels)
         self._min_box_size = min_box_size
         images = training_images(cfg)
+        self.num_training_images = len(images)
         chosen = choose_images(images, max_images)
         share = sorted(chosen)[comm.get_rank() :: comm.get_world_size()]
-        self._images = [{**images[index], "prototype_index": index} for index in share]
-        self._classes = {index: chosen[index] for index in share}
+        records = [_slim_record(images[index], index, chosen[index]) for index in share]
         mapper = CheckedDatasetMapper(
             cfg,
             is_train=True,  # keeps the annotations
@@ -80,7 +86,8 @@ class InstanceCollector:
         )
         self._loader = partial(
             DataLoader,
-            MapDataset(self._images, mapper),
+            # serialised, so that worker processes share its memory; an empty share cannot be
+            MapDataset(DatasetFromList(records) if records else records, mapper),
             batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=list,
@@ -135,9 +142,17 @@ class InstanceCollector:
         return {**self._kept, **collected}
 
     def _select(self, x: dict) -> Tensor:
-        """Rows of an image's instances that are large enough and of a class that it was chosen for."""
-        instances = x["instances"]
-        corners = instances.gt_boxes.tensor
-        large = (corners[:, 2:] - corners[:, :2]).amin(1) >= self._min_box_size
-        wanted = torch.tensor(sorted(self._classes[x["prototype_index"]]))
-        return (large & torch.isin(instances.gt_classes, wanted)).nonzero()[:, 0]
+        """Rows of an image's instances that are large enough."""
+        corners = x["instances"].gt_boxes.tensor
+        return ((corners[:, 2:] - corners[:, :2]).amin(1) >= self._min_box_size).nonzero()[:, 0]
+
+
+def _slim_record(image: dict, index: int, classes: set[int]) -> dict:
+    """Of an image's record, what is needed here: masks and other classes are left behind."""
+    kept = {key: image[key] for key in ("file_name", "height", "width", "image_id") if key in image}
+    annotations = [
+        {key: x[key] for key in ("bbox", "bbox_mode", "category_id")}
+        for x in image["annotations"]
+        if x["category_id"] in classes and not x.get("iscrowd", 0)
+    ]
+    return {**kept, "annotations": annotations, "prototype_index": index}

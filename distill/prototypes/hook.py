@@ -9,9 +9,10 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor
 
+from ..errors import DistillError
 from ..modeling.distillation_model import DistillationModel
 from .bank import PrototypeBank
-from .collect import InstanceCollector, training_images
+from .collect import InstanceCollector
 from .select import select_prototypes
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,10 @@ class PrototypeHook(HookBase):
 
     def before_train(self) -> None:
         cfg = self.trainer.cfg
+        self._collector = InstanceCollector(cfg, list(self._bank.levels), self._max_images, self._min_box_size)
         if not self._period:
-            self._period = max(1, len(training_images(cfg)) // cfg.SOLVER.IMS_PER_BATCH)
-        if not self._bank.searches:
+            self._period = max(1, self._collector.num_training_images // cfg.SOLVER.IMS_PER_BATCH)
+        if self._bank.is_empty:
             self.search()
 
     def after_step(self) -> None:
@@ -64,64 +66,77 @@ class PrototypeHook(HookBase):
     def search(self) -> None:
         """Collects the instances and replaces the prototypes."""
         started = time.perf_counter()
-        levels = list(self._bank.levels)
-        if self._collector is None:
-            cfg = self.trainer.cfg
-            self._collector = InstanceCollector(cfg, levels, self._max_images, self._min_box_size)
-        shares = comm.gather(self._collector.collect(self._model), dst=0)
-        found = None
-        if comm.is_main_process():
-            shares = [share for share in shares if share]
-            instances = {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
-            found = find_prototypes(instances, levels, self._bank.num_classes, self._selection, self._model.device)
+        collected = self._collector.collect(self._model)
+        common = _gather(collected, ("labels", "images", "boxes"))
+        found = {}
+        for level in self._bank.levels:  # one after the other, since all of them may be too much for one process
+            instances = _gather(collected, (f"student.{level}", f"teacher.{level}"))
+            if comm.is_main_process():
+                found[level] = find_prototypes(
+                    {**common, **instances}, level, self._bank.num_classes, self._selection, self._model.device
+                )
         found = comm.all_gather(found)[0]
         self._bank.replace(found)
         if comm.is_main_process():
-            counts = {level: len(found[level]["labels"]) for level in levels}
-            known = {label for level in levels for label in found[level]["labels"].tolist()}
-            logger.info(
-                f"Prototypes: {sum(counts.values())} ({', '.join(f'{k}: {v}' for k, v in counts.items())}) of "
-                f"{len(known)} classes, picked among {len(instances['labels'])} instances, in "
-                f"{time.perf_counter() - started:.1f} s"
+            self._report(found, len(common.get("labels", ())), time.perf_counter() - started)
+
+    def _report(self, found: Mapping[str, Mapping[str, Tensor]], num_instances: int, seconds: float) -> None:
+        counts = {level: len(own["labels"]) for level, own in found.items()}
+        known = {label for own in found.values() for label in own["labels"].tolist()}
+        logger.info(
+            f"Prototypes: {sum(counts.values())} ({', '.join(f'{k}: {v}' for k, v in counts.items())}) of {len(known)} "
+            f"of {self._bank.num_classes} classes, picked among {num_instances} instances, in {seconds:.1f} s"
+        )
+        if not known:
+            logger.warning(
+                f"No class has a prototype, so nothing global is learned: no box has a shorter side of at least "
+                f"DISTILL.GLOBAL.MIN_BOX_SIZE ({self._min_box_size} pixels), or a class has fewer than four."
             )
-            if not known:
-                logger.warning(
-                    f"No class has a prototype, so nothing global is learned: no box has a shorter side of at least "
-                    f"DISTILL.GLOBAL.MIN_BOX_SIZE ({self._min_box_size} pixels), or there are too few of them."
-                )
+
+
+def _gather(collected: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """In the main process, the rows of all processes; elsewhere, or where no process has any, nothing."""
+    shares = comm.gather({name: collected[name] for name in names if name in collected}, dst=0)
+    shares = [share for share in shares if share]
+    return {name: torch.cat([share[name] for share in shares]) for name in names} if shares else {}
 
 
 def find_prototypes(
     instances: Mapping[str, Tensor],
-    levels: Sequence[str],
+    level: str,
     num_classes: int,
     selection: Mapping[str, float],
     device: torch.device,
-) -> dict[str, dict[str, Tensor]]:
-    """Picks the prototypes of each class at each level.
+) -> dict[str, Tensor]:
+    """Picks the prototypes of each class at a level.
 
     Args:
         instances: what :meth:`InstanceCollector.collect` returns.
-        levels: names of the levels.
+        level: the name of the level.
         num_classes: number of classes.
         selection: arguments of :func:`select_prototypes`.
         device: where to compute.
 
     Returns:
-        For each level the buffers of :class:`LevelPrototypes`, with as many rows as there are prototypes, class by
-        class in the order of the picks.
+        The buffers of :class:`LevelPrototypes`, with as many rows as there are prototypes, class by class in the order
+        of the picks.
+
+    Raises:
+        DistillError: a feature is not finite.
     """
-    found = {}
-    for level in levels:
-        picks = []
-        for label in range(num_classes):
-            rows = (instances["labels"] == label).nonzero()[:, 0]
-            sides = (instances[f"{side}.{level}"][rows].to(device) for side in ("student", "teacher"))
+    if not instances:
+        return {"labels": torch.zeros(0, dtype=torch.int64)}
+    picks = []
+    for label in range(num_classes):
+        rows = (instances["labels"] == label).nonzero()[:, 0]
+        sides = (instances[f"{side}.{level}"][rows].to(device) for side in ("student", "teacher"))
+        try:
             picks.append(rows[select_prototypes(*sides, **selection).cpu()])
-        picks = torch.cat(picks)
-        found[level] = {
-            "student": instances[f"student.{level}"][picks],
-            "teacher": instances[f"teacher.{level}"][picks],
-            **{name: instances[name][picks] for name in ("labels", "images", "boxes")},
-        }
-    return found
+        except ValueError as error:
+            raise DistillError(f"Cannot find prototypes of class {label} at {level}: {error}") from error
+    picks = torch.cat(picks)
+    return {
+        "student": instances[f"student.{level}"][picks],
+        "teacher": instances[f"teacher.{level}"][picks],
+        **{name: instances[name][picks] for name in ("labels", "images", "boxes")},
+    }

@@ -37,11 +37,14 @@ def select_prototypes(
         density_quantile: share of the instances that are too sparse to be candidates, from 0 to below 1.
 
     Returns:
-        ``LongTensor[P]``, P <= ``num_prototypes``: rows, in the order of the picks, none twice. Computed in float64.
+        ``LongTensor[P]``, P <= ``num_prototypes``: rows, in the order of the picks, no row twice. Computed in float64.
+        Fewer than about four instances have no candidate, so no prototype.
 
     Raises:
-        ValueError: the tensors are not two matrices with as many rows, or not finite.
+        ValueError: the tensors are not two matrices with as many rows, or not finite; or the quantile is out of range.
     """
+    if not 0 <= density_quantile < 1:
+        raise ValueError(f"density_quantile is {density_quantile}, expected a share from 0 to below 1")
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
         raise ValueError(f"expected two matrices of as many rows, got {tuple(student.shape)}, {tuple(teacher.shape)}")
     if not (student.isfinite().all() and teacher.isfinite().all()):

@@ -204,9 +204,8 @@ def test_each_part_has_a_switch_and_a_weight(tmp_path, part):
     alone = losses_of(build_pair(tmp_path, **others), batch)
     own = {name for name in alone if name in ("loss_global", "loss_local", "loss_response")}
     assert own == {f"loss_{part.lower()}"}
-    key = {"LOCAL": "LOCAL_FOREGROUND_WEIGHT"}.get(part, f"{part}_WEIGHT")
-    zero = {f"DISTILL.GLOBAL.{key}": 0.0, "DISTILL.GLOBAL.LOCAL_BACKGROUND_WEIGHT": 0.0}
-    assert losses_of(build_pair(tmp_path, **others, **zero), batch)[f"loss_{part.lower()}"] == 0
+    weight = {f"DISTILL.GLOBAL.{part}_WEIGHT": 0.0}
+    assert losses_of(build_pair(tmp_path, **others, **weight), batch)[f"loss_{part.lower()}"] == 0
 
 
 def test_another_distiller_may_take_the_place_of_the_local_part(tmp_path):
@@ -231,8 +230,10 @@ def test_another_distiller_may_take_the_place_of_the_local_part(tmp_path):
 
 def test_a_retinanet_may_learn_from_a_faster_rcnn_without_the_response(tmp_path):
     model = build_pair(tmp_path, "retinanet", "faster_rcnn")
-    with pytest.raises(DistillError, match="GeneralizedRCNN has no anchors with classes"):
+    with pytest.raises(DistillError, match="student classifies anchors and the teacher boxes.*RESPONSE_ON False"):
         losses_of(model, random_batch(*SIZES))
+    with pytest.raises(DistillError, match="RESPONSE_ON False"):  # before the search, too
+        model.distillers["GlobalKnowledgeDistiller"].build_hooks(model)
     model = build_pair(tmp_path, "retinanet", "faster_rcnn", **{"DISTILL.GLOBAL.RESPONSE_ON": False})
     sum(losses_of(model, random_batch(*SIZES)).values()).backward()
 
@@ -240,8 +241,35 @@ def test_a_retinanet_may_learn_from_a_faster_rcnn_without_the_response(tmp_path)
 @pytest.mark.parametrize("kind, node", [("faster_rcnn", "ROI_HEADS"), ("retinanet", "RETINANET")])
 def test_other_classes_say_how_to_switch_the_response_off(tmp_path, kind, node):
     model = build_pair(tmp_path, kind, teacher_overrides={f"MODEL.{node}.NUM_CLASSES": 7})
-    with pytest.raises(DistillError, match=r"classifies into \d classes and the teacher into \d .*RESPONSE_ON"):
+    with pytest.raises(DistillError, match="student has 3 classes and the teacher 7.*RESPONSE_ON False"):
         losses_of(model, random_batch((128, 128), (128, 128)))
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn", "retinanet"])
+def test_losses_are_float32_under_bfloat16_autocast_and_beside_other_distillers(tmp_path, kind):
+    names = ["GlobalKnowledgeDistiller", "ReviewDistiller", "StructuralDistiller"]
+    model = build_pair(tmp_path, kind, **{"DISTILL.DISTILLERS": names})
+    batch = random_batch(*SIZES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_of(model, batch)
+    own = ("loss_global", "loss_local", "loss_response", "loss_review", "loss_structural")
+    assert all(losses[name].dtype == torch.float32 and losses[name] > 0 for name in own)
+    sum(losses.values()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.distillers.parameters())
+
+
+def test_the_students_batch_norms_see_each_batch_once(tmp_path):
+    settings = {"MODEL.ROI_BOX_HEAD.NORM": "BN", "MODEL.ROI_BOX_HEAD.NUM_CONV": 1, "MODEL.ROI_BOX_HEAD.CONV_DIM": 8}
+    cfg = distillation_cfg(
+        detector_cfg("faster_rcnn", **settings),
+        write_teacher(tmp_path, detector_cfg("faster_rcnn")),
+        **{"DISTILL.DISTILLERS": ["GlobalKnowledgeDistiller"]},
+    )
+    model = build_model(cfg).train()
+    give_prototypes(model)
+    losses_of(model, random_batch(*SIZES))
+    counters = [b for name, b in model.student.roi_heads.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counters and all(b == 1 for b in counters)
 
 
 def test_prototypes_are_in_the_checkpoint(tmp_path):

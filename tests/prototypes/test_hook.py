@@ -10,6 +10,7 @@ from PIL import Image
 
 from distill.data import register_datasets
 from distill.engine import Trainer
+from distill.errors import DistillError
 from distill.losses import box_means
 from distill.prototypes import select_prototypes
 from distill.prototypes.collect import InstanceCollector, choose_images, training_images
@@ -113,6 +114,45 @@ def test_a_resumed_run_does_not_search_again(tmp_path, caplog):
     assert all(torch.equal(value, after.state_dict()[key]) for key, value in before.state_dict().items())
 
 
+def test_a_resumed_run_with_other_settings_searches_anew(tmp_path):
+    cfg = make_cfg(tmp_path, "other", **{"DISTILL.GLOBAL.UPDATE_PERIOD": 100})
+    train(cfg)
+    cfg.SOLVER.MAX_ITER, cfg.DISTILL.GLOBAL.NUM_PROTOTYPES = 5, 4  # the checkpoint's buffers do not fit
+    bank = train(cfg, resume=True).model.distillers[NAME].prototypes
+    assert not bank.is_empty and bank.searches == 2
+
+
+def test_a_run_that_was_stopped_at_a_search_goes_on_as_if_it_was_not(tmp_path):
+    settings = {"SOLVER.CHECKPOINT_PERIOD": 3, "SOLVER.MAX_ITER": 7, "SOLVER.BASE_LR": 0.0}
+    cfg = make_cfg(tmp_path, "stopped", **settings)
+    whole = train(cfg).model.distillers[NAME].prototypes.state_dict()
+    (tmp_path / "out" / "last_checkpoint").write_text("model_0000002.pth")
+    resumed = train(cfg, resume=True)
+    bank = resumed.model.distillers[NAME].prototypes
+    assert resumed.start_iter == 3 and bank.searches == whole["searches"] == 3
+    for key, value in bank.state_dict().items():
+        if key.endswith(("student", "teacher", "labels")):
+            torch.testing.assert_close(value, whole[key], rtol=1e-4, atol=1e-4)
+
+
+def test_features_that_are_not_finite_are_named():
+    instances = {"labels": torch.zeros(4).long(), "student.p2": torch.full((4, 2), torch.nan)}
+    instances["teacher.p2"] = torch.zeros(4, 2)
+    with pytest.raises(DistillError, match="prototypes of class 0 at p2: .*not all finite"):
+        find_prototypes(instances, "p2", 1, {}, torch.device("cpu"))
+
+
+def test_crowds_alone_are_a_warning(tmp_path, caplog):
+    cfg = make_cfg(tmp_path, "crowds", **{"DATALOADER.FILTER_EMPTY_ANNOTATIONS": False})
+    path = tmp_path / "crowds" / "annotations.json"
+    content = json.loads(path.read_text())
+    for x in content["annotations"]:
+        x["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    trainer = train(cfg)
+    assert trainer.iter == 4 and any("No class has a prototype" in record.getMessage() for record in caplog.records)
+
+
 def test_collected_rows_are_the_features_of_the_annotated_boxes(tmp_path):
     cfg = make_cfg(tmp_path, "rows", (120, 150))  # of one size, so that they are padded alike in any batch
     register_datasets(cfg.DATASETS.REGISTER)
@@ -175,8 +215,8 @@ def test_picks_are_those_of_each_class_at_each_level():
     for level in ("p2", "p3"):
         instances[f"student.{level}"], instances[f"teacher.{level}"] = torch.randn(n, 4), torch.randn(n, 6)
     selection = {"num_prototypes": 4, "density_sigma": 0.5}
-    found = find_prototypes(instances, ["p2", "p3"], 3, selection, torch.device("cpu"))
-    for level, kept in found.items():
+    for level in ("p2", "p3"):
+        kept = find_prototypes(instances, level, 3, selection, torch.device("cpu"))
         expected = []
         for label in (0, 2):
             rows = [i for i in range(n) if labels[i] == label]

@@ -109,5 +109,7 @@ def test_identical_instances_and_zero_vectors():
 def test_refuses_what_it_cannot_use():
     with pytest.raises(ValueError, match=r"as many rows, got \(3, 2\), \(4, 2\)"):
         select_prototypes(torch.zeros(3, 2), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="density_quantile is 1.0, expected a share"):
+        select_prototypes(torch.zeros(3, 2), torch.zeros(3, 2), density_quantile=1.0)
     with pytest.raises(ValueError, match="not all finite"):
         select_prototypes(torch.full((3, 2), torch.nan), torch.zeros(3, 2))

@@ -24,6 +24,12 @@ def test_each_class_with_prototypes_has_a_sheet(tmp_path):
     one = ["--output", str(tmp_path / "one"), "--classes", f"class{known[-1]}"]
     assert run_script("tools/show_prototypes.py", *arguments, *one).returncode == 0
     assert len(list((tmp_path / "one").iterdir())) == 1
+    path = tmp_path / "sheets" / "annotations.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "images": content["images"][:2]}))
+    result = run_script("tools/show_prototypes.py", *arguments, "--output", str(tmp_path))
+    assert result.returncode == 1 and "sheets has 2 images: give the config that this" in result.stderr
+    path.write_text(json.dumps(content))
     result = run_script("tools/show_prototypes.py", *arguments, "--output", str(tmp_path), "--classes", "cat")
     assert result.returncode == 1 and "error: --classes names cat, but the classes are class0, class1" in result.stderr
 
