@@ -103,7 +103,7 @@ def structural_similarity_terms(
 def structural_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    scale: str = "minmax",
+    scale: str = "none",
     window_size: int = 11,
     sigma: float = 1.5,
     k1: float = 0.01,
