@@ -132,11 +132,13 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
         view = teacher.view(batch)
         images, record = view.images, view.features
         own = student.backbone(student.preprocess_image(batch).tensor)
+        student(batch)
+        outputs = {name: tap.take()[1] for name, tap in model._head_taps.items()}
 
     def distil(distiller: nn.Module) -> None:
         leaves = {k: v.clone().requires_grad_() for k, v in own.items()}
         views = (
-            DetectorView(student, batch, lambda: (images, leaves), frozen=False),
+            DetectorView(student, batch, lambda: (images, leaves), frozen=False, outputs=outputs),
             DetectorView(teacher.model, batch, lambda: (images, record), frozen=True),
         )
         with autocast():

@@ -10,7 +10,9 @@ from tests.helpers import detector_cfg, distillation_cfg, run_script, write_teac
 @pytest.mark.parametrize("kind", ["mask_rcnn", "fcos"])
 def test_reports_every_part(tmp_path, kind):
     size = {"INPUT.MIN_SIZE_TRAIN": [64], "INPUT.MAX_SIZE_TRAIN": 96, "SOLVER.IMS_PER_BATCH": 2}
-    cfg = distillation_cfg(detector_cfg(kind, **size), write_teacher(tmp_path, detector_cfg(kind)))
+    names = ["ReviewDistiller", "GlobalKnowledgeDistiller"]
+    teacher = write_teacher(tmp_path, detector_cfg(kind))
+    cfg = distillation_cfg(detector_cfg(kind, **size), teacher, **{"DISTILL.DISTILLERS": names})
     (tmp_path / "teacher.pth").unlink()  # weights play no part in the time
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     output = tmp_path / "rows.json"
@@ -23,7 +25,7 @@ def test_reports_every_part(tmp_path, kind):
         "student's backbone alone, forward and backward",
         "student's own step",
         "teacher's forward",
-        "ReviewDistiller, forward and backward",
+        *(f"{name}, forward and backward" for name in names),
         "full step",
         "full step that measures gradients (every 50 iterations)",
     ]
