@@ -8,6 +8,7 @@ from .loading import (
     num_classes,
     plain_config,
     resolve_config_file,
+    slim_config,
     student_config,
     variant_config,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "num_classes",
     "plain_config",
     "resolve_config_file",
+    "slim_config",
     "student_config",
     "variant_config",
 ]

@@ -132,6 +132,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     # "SGD" (with SOLVER.MOMENTUM and NESTEROV) or "AdamW"
     _C.SOLVER.OPTIMIZER = "SGD"
 
+    # Factor of all of the ResNet's widths, for build_slimmable_resnet_fpn_backbone: 0.25, 0.5, 0.75 or 1.0
+    _C.MODEL.RESNETS.WIDTH_MULT = 1.0
+
     # torchvision classification networks, for build_torchvision_fpn_backbone
     _C.MODEL.TORCHVISION = CN()
     # A name of torchvision.models, such as "resnet18" or "mobilenet_v2"

@@ -166,12 +166,43 @@ def student_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def slim_config(cfg: CfgNode) -> CfgNode:
+    """The config of a slimmable ResNet with an FPN in Detectron2's own keys.
+
+    Args:
+        cfg: a detector's config, with MODEL.RESNETS.WIDTH_MULT.
+
+    Returns:
+        A copy, not frozen, in which the widths are multiplied and the backbone is Detectron2's.
+
+    Raises:
+        DistillError: the factor is not one of 0.25, 0.5, 0.75 and 1.0, or the ResNet has basic blocks, whose widths
+            Detectron2 fixes.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    node = cfg.MODEL.RESNETS
+    if node.WIDTH_MULT not in (0.25, 0.5, 0.75, 1.0):
+        raise DistillError(f"MODEL.RESNETS.WIDTH_MULT is {node.WIDTH_MULT}: expected 0.25, 0.5, 0.75 or 1.0.")
+    if node.DEPTH < 50:
+        raise DistillError(
+            f"MODEL.RESNETS.DEPTH is {node.DEPTH}: a slimmable ResNet has 50, 101 or 152 layers. Detectron2 fixes the "
+            "widths of smaller ones."
+        )
+    for key in ("STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS", "WIDTH_PER_GROUP"):
+        node[key] = int(node[key] * node.WIDTH_MULT)
+    node.WIDTH_MULT = 1.0
+    dense = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS")
+    cfg.MODEL.BACKBONE.NAME = f"build_{'retinanet_' if dense else ''}resnet_fpn_backbone"
+    return cfg
+
+
 def plain_config(cfg: CfgNode) -> CfgNode:
     """The student's config as plain Detectron2 reads it.
 
     The keys of this package are dropped, but for those that the student itself is built from: MODEL.FCOS for an
     FCOS student, MODEL.TORCHVISION for a torchvision backbone. To read such a config, call
-    ``add_distill_config`` first.
+    ``add_distill_config`` first. A slimmable ResNet becomes a plain one of the same widths.
 
     Args:
         cfg: a full config.
@@ -180,6 +211,9 @@ def plain_config(cfg: CfgNode) -> CfgNode:
         A copy, not frozen.
     """
     cfg = student_config(cfg)
+    if cfg.MODEL.BACKBONE.NAME == "build_slimmable_resnet_fpn_backbone":
+        cfg = slim_config(cfg)
+    del cfg.MODEL.RESNETS["WIDTH_MULT"]
     del cfg["DISTILL"], cfg.DATASETS["REGISTER"], cfg.SOLVER["OPTIMIZER"]
     if cfg.MODEL.META_ARCHITECTURE != "FCOS":
         del cfg.MODEL["FCOS"]

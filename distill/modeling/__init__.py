@@ -1,6 +1,6 @@
 """Student, teacher and what a distiller sees of them; backbones and meta-architectures."""
 
-from .backbones import TorchvisionBackbone, build_torchvision_fpn_backbone
+from .backbones import TorchvisionBackbone, build_slimmable_resnet_fpn_backbone, build_torchvision_fpn_backbone
 from .distillation_model import DistillationModel
 from .meta_arch import FCOS
 from .teacher import Teacher, build_teacher
@@ -12,6 +12,7 @@ __all__ = [
     "DistillationModel",
     "Teacher",
     "TorchvisionBackbone",
+    "build_slimmable_resnet_fpn_backbone",
     "build_teacher",
     "build_torchvision_fpn_backbone",
 ]

@@ -1,4 +1,4 @@
-"""torchvision's classification networks as FPN backbones."""
+"""FPN backbones for small students: torchvision's classification networks, and slimmed ResNets."""
 
 import itertools
 import math
@@ -14,6 +14,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from ..config import slim_config
 from ..errors import DistillError
 
 _PROBE = 256  # side of the image that the strides are read from, in pixels
@@ -179,3 +180,25 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+@BACKBONE_REGISTRY.register()
+def build_slimmable_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """Detectron2's ResNet with an FPN, all of the ResNet's widths multiplied by MODEL.RESNETS.WIDTH_MULT.
+
+    The FPN keeps its channels, so that a slim student's levels fit a wide teacher's. RetinaNet and FCOS get the levels
+    of ``build_retinanet_resnet_fpn_backbone``, all others those of ``build_resnet_fpn_backbone``. For the capacities of
+    multi-scale aligned distillation (arXiv 2109.04875).
+
+    Args:
+        cfg: the full config.
+        input_shape: of the images.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        DistillError: see :func:`distill.config.slim_config`.
+    """
+    cfg = slim_config(cfg)
+    return BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, input_shape)

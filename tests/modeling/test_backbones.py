@@ -1,12 +1,14 @@
-"""torchvision backbones: taps, norms, freezing, weights."""
+"""torchvision backbones: taps, norms, freezing, weights; slimmed ResNets."""
 
 import pytest
 import torch
 import torchvision
+from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
+from distill.config import plain_config
 from distill.errors import DistillError
 from distill.modeling import TorchvisionBackbone
 from tests.helpers import detector_cfg, random_batch, set_all
@@ -96,3 +98,39 @@ def test_detectors_train_on_it(kind, top):
     assert list(model.backbone.output_shape()) == top
     sum(model(random_batch((64, 96), (64, 64))).values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+SLIM = {"MODEL.BACKBONE.NAME": "build_slimmable_resnet_fpn_backbone", "MODEL.RESNETS.RES2_OUT_CHANNELS": 256}
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])
+def test_a_slim_resnet_has_all_widths_multiplied_and_the_fpns_channels(kind, factor):
+    slim = build_model(detector_cfg(kind, depth=50, **SLIM, **{"MODEL.RESNETS.WIDTH_MULT": factor})).backbone
+    wide = build_model(detector_cfg(kind, depth=50, **{"MODEL.RESNETS.RES2_OUT_CHANNELS": 256})).backbone
+    assert slim.output_shape() == wide.output_shape()
+    theirs = wide.bottom_up.state_dict()
+    for name, weight in slim.bottom_up.state_dict().items():
+        expected = [int(n * factor) for n in theirs[name].shape[:2]]
+        if name == "stem.conv1.weight":
+            expected[1] = 3
+        assert list(weight.shape[:2]) == expected, name
+
+
+@pytest.mark.parametrize(
+    "depth, factor, message", [(50, 0.3, "WIDTH_MULT is 0.3: expected 0.25"), (18, 0.5, "DEPTH is 18: a slimmable")]
+)
+def test_widths_that_cannot_be_had_are_named(depth, factor, message):
+    cfg = detector_cfg("faster_rcnn", depth=depth, **SLIM, **{"MODEL.RESNETS.WIDTH_MULT": factor})
+    with pytest.raises(DistillError, match=message):
+        build_model(cfg)
+
+
+def test_a_slim_student_leaves_as_a_plain_resnet(tmp_path):
+    cfg = detector_cfg("retinanet", depth=50, **SLIM, **{"MODEL.RESNETS.WIDTH_MULT": 0.5})
+    (tmp_path / "plain.yaml").write_text(plain_config(cfg).dump())
+    plain = get_cfg()  # without the keys of this package
+    plain.merge_from_file(str(tmp_path / "plain.yaml"), allow_unsafe=False)
+    assert plain.MODEL.BACKBONE.NAME == "build_retinanet_resnet_fpn_backbone"
+    ours = build_model(cfg)
+    build_model(plain).load_state_dict(ours.state_dict())
