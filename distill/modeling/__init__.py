@@ -2,12 +2,14 @@
 
 from .backbones import TorchvisionBackbone, build_slimmable_resnet_fpn_backbone, build_torchvision_fpn_backbone
 from .distillation_model import DistillationModel
+from .fusion import CrossFeatureFusion
 from .meta_arch import FCOS
 from .teacher import Teacher, build_teacher
 from .views import DetectorView
 
 __all__ = [
     "FCOS",
+    "CrossFeatureFusion",
     "DetectorView",
     "DistillationModel",
     "Teacher",
