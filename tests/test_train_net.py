@@ -43,10 +43,11 @@ def write_pair(folder, kind="faster_rcnn", **overrides):
 
 
 def read_metrics(folder):
-    """The latest value of everything in metrics.json."""
+    """The latest value of everything in metrics.json, whose lines need not be in order."""
+    records = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     merged = {}
-    for line in (folder / "metrics.json").read_text().splitlines():
-        merged.update(json.loads(line))
+    for record in sorted(records, key=lambda record: record["iteration"]):
+        merged.update(record)
     return merged
 
 
