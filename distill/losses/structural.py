@@ -184,9 +184,9 @@ def _filter(maps: Sequence[Tensor], window: Tensor) -> tuple[Tensor, ...]:
     """Weighted means of each map under the window, which slides over rows, then over columns."""
     channels = maps[0].shape[1]
     kernel = window.expand(channels, 1, 1, -1)
-    stacked = torch.cat(list(maps))
-    rows = F.conv2d(stacked, kernel, groups=channels)
-    return F.conv2d(rows, kernel.transpose(2, 3), groups=channels).chunk(len(maps))
+    # one by one: stacking them would copy them all
+    rows = (F.conv2d(x, kernel, groups=channels) for x in maps)
+    return tuple(F.conv2d(x, kernel.transpose(2, 3), groups=channels) for x in rows)
 
 
 def _constants(x: Tensor, data_range: float | Tensor, k1: float, k2: float) -> tuple[float | Tensor, float | Tensor]:
