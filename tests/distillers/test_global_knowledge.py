@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
 from distill.distillers import GlobalKnowledgeDistiller, build_distillers
@@ -93,6 +94,17 @@ def literal_losses(model, batch, levels, instances):
     return 5 * loss_global, sum(loss_local) / len(loss_local), robustness_of
 
 
+def literal_response(model, batch, instances, robustness):
+    """The response part as the formula says it, both box heads run on the same boxes."""
+    boxes = [Boxes(torch.tensor([box for i, box, _ in instances if i == image])) for image in range(len(batch))]
+    logits = [view.box_head(boxes)[0] for view in model.frozen_views(batch)]
+    total = 0.0
+    for n in range(len(instances)):
+        p, q = ((x[n] / 2).softmax(0) for x in (logits[1], logits[0]))
+        total += robustness.get(n, 0.0) * (p * (p.log() - q.log())).sum().item()
+    return 4 * total / logits[0].numel()
+
+
 def test_parts_equal_the_literal_formulas_on_the_ground_truth(tmp_path):
     model = build_pair(tmp_path, **{"DISTILL.GLOBAL.INSTANCES": "ground_truth"})
     # boxes of several levels, of a class without prototypes among them
@@ -107,15 +119,9 @@ def test_parts_equal_the_literal_formulas_on_the_ground_truth(tmp_path):
     expected_global, expected_local, robustness = literal_losses(model, batch, levels, instances)
     assert losses["loss_global"].item() == pytest.approx(expected_global, rel=1e-4)
     assert losses["loss_local"].item() == pytest.approx(expected_local, rel=1e-4)
-    # the response part: both box heads on the same boxes
-    student, teacher = model.frozen_views(batch)
-    logits = [view.box_head([x["instances"].gt_boxes for x in batch])[0] for view in (student, teacher)]
-    total = 0.0
-    for n in range(len(instances)):
-        p, q = ((x[n] / 2).softmax(0) for x in (logits[1], logits[0]))
-        total += robustness.get(n, 0.0) * (p * (p.log() - q.log())).sum().item()
-    expected = 4 * total / logits[0].numel()
-    assert losses["loss_response"].item() == pytest.approx(expected, rel=1e-3)
+    assert losses["loss_response"].item() == pytest.approx(
+        literal_response(model, batch, instances, robustness), rel=1e-3
+    )
 
 
 def test_instances_are_the_sampled_positive_proposals(tmp_path):
@@ -131,9 +137,13 @@ def test_instances_are_the_sampled_positive_proposals(tmp_path):
         if label < NUM_CLASSES
     ]
     assert len(instances) >= 6 and len(instances) < sum(len(x) for x in sampled)
-    expected_global, expected_local, _ = literal_losses(model, batch, ["p2", "p3", "p4", "p5", "p6"], instances)
+    levels = ["p2", "p3", "p4", "p5", "p6"]
+    expected_global, expected_local, robustness = literal_losses(model, batch, levels, instances)
     assert losses["loss_global"].item() == pytest.approx(expected_global, rel=1e-4)
     assert losses["loss_local"].item() == pytest.approx(expected_local, rel=1e-4)
+    assert losses["loss_response"].item() == pytest.approx(
+        literal_response(model, batch, instances, robustness), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
