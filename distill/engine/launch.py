@@ -83,6 +83,9 @@ def _join_torchrun() -> None:
         if local_rank < torch.cuda.device_count():
             torch.cuda.set_device(local_rank)
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    if backend != "gloo":  # Detectron2 gathers objects over gloo, which it does not recognise in a backend of two
+        gloo = dist.new_group(backend="gloo")
+        comm._get_global_gloo_group = lambda: gloo
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(local_size)
     else:  # Detectron2 v0.6, whose own launcher sets this very variable

@@ -7,6 +7,13 @@ import torch
 from tests.helpers import detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
 
 
+def test_objects_are_gathered_under_torchrun_on_cuda():
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = run_script(*torchrun, "tests/engine/gather_worker.py")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "cpu:gloo,cuda:gloo ['rank 0', 'rank 1'] [0, 1]" in result.stdout
+
+
 def test_two_processes_step_like_one(tmp_path):
     # Detectron2 samples anchors and proposals at random: here all of them are taken, the same number per image.
     student = detector_cfg(
