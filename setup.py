@@ -18,6 +18,7 @@ setup(
         "iopath>=0.1.7,<0.1.10",
         "tabulate>=0.9,<1",
         "tensorboard>=2.10,<3",
+        "tqdm>=4.29,<5",  # progress of the search for prototypes; Detectron2 needs it itself
         "matplotlib>=3.5,<4",
         "scikit-learn>=1.1,<2",  # its bundled digits and photographs make the digit_scenes data set
         "setuptools<81",  # Detectron2 v0.6 imports pkg_resources

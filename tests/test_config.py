@@ -49,6 +49,7 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         (["SOLVER.MAX_ITER", "x"], "MAX_ITER"),
         (["SOLVER.BASE_LR.X", "3"], "Cannot use the overrides"),
         (["DISTILL.BALANCE", "1"], "DISTILL.BALANCE. Write the number with a point"),
+        (["DISTILL.IMPORTS", "['name'"], "DISTILL.IMPORTS is .*: expected a list of modules"),
         (["DISTILL.IMPORTS", "name"], "DISTILL.IMPORTS is 'name': expected a list of modules"),
     ],
 )

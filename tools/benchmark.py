@@ -164,9 +164,10 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
         parts[f"{name}, forward and backward"] = lambda distiller=distiller: distil(distiller)
     parts[FULL] = lambda: step(model, optimizer)
 
+    measuring = LossWeights(distillers, period=1)  # what it checks in its first step, it checks while warming up
+
     def measuring_step() -> None:
-        own, model._loss_weights = model._loss_weights, LossWeights(distillers, period=1)
-        model._loss_weights._is_first = False  # the check of the very first step is not part of it
+        own, model._loss_weights = model._loss_weights, measuring
         step(model, optimizer)
         model._loss_weights = own
 

@@ -1,5 +1,6 @@
 """How config files are read, and what configs are made of them."""
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -250,7 +251,9 @@ def _named_imports(loaded: Any, opts: Sequence[str], path: str) -> list[str]:
     names = node.get("IMPORTS", [])
     for key, value in zip(opts[::2], opts[1::2]):
         if key == "DISTILL.IMPORTS":
-            names = yaml.safe_load(value) if isinstance(value, str) else value
+            names = value
+            with contextlib.suppress(yaml.YAMLError):
+                names = yaml.safe_load(value) if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)):
         raise DistillError(f"DISTILL.IMPORTS is {names!r}: expected a list of modules, such as ['my_distiller'].")
     return list(names)

@@ -46,7 +46,7 @@ class GlobalKnowledgeDistiller(Distiller):
         global_weight, local_weight, response_weight: factors of the parts; None leaves a part out.
         foreground_weight, background_weight: factors inside the local part.
         temperature: of the response part.
-        hook_settings: arguments of :class:`distill.prototypes.PrototypeHook` beside model and bank.
+        hook_settings: arguments of :class:`distill.prototypes.hook.PrototypeHook` beside model and bank.
         weight_settings: arguments of :class:`Distiller`. The decay leaves the response part alone.
     """
 
@@ -149,8 +149,7 @@ class GlobalKnowledgeDistiller(Distiller):
         boxes, labels = self._boxes(student)
         sizes = [len(x) for x in boxes]
         own_level = box_levels(torch.cat(boxes), len(self.levels))
-        # of each instance, at its own level: the robustness, and -1 for a class without prototypes
-        agreement = torch.full((len(labels),), -1.0, device=labels.device)
+        own_robustness = torch.zeros(len(labels), device=labels.device)  # of each instance, at its own level
         losses, masks = {}, {}
         total = 0.0
         for index, level in enumerate(self.levels):
@@ -164,7 +163,7 @@ class GlobalKnowledgeDistiller(Distiller):
             if self.global_weight is not None:
                 total = total + global_knowledge_loss(*(x[known] for x in (*similarities, robustness)))
             here = own_level == index
-            agreement = torch.where(here & known, robustness, agreement)
+            own_robustness = torch.where(here, robustness, own_robustness)
             if self.local_weight is not None:
                 painted = (here & known).split(sizes)
                 masks[level] = box_mask(
@@ -178,9 +177,8 @@ class GlobalKnowledgeDistiller(Distiller):
         if self.local_weight is not None:
             losses["loss_local"] = self.local_weight * self._local_loss(student, teacher, masks)
         if self.response_weight is not None:
-            losses["loss_response"] = self.response_weight * self._response_loss(
-                student, teacher, boxes, agreement.clamp(min=0)
-            )
+            response = self._response_loss(student, teacher, boxes, own_robustness)
+            losses["loss_response"] = self.response_weight * response
         return losses
 
     def _boxes(self, student: DetectorView) -> tuple[list[Tensor], Tensor]:

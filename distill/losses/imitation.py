@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import in_float32
+from .pyramid import check_pyramids
 
 NORMS = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 REGIONS = ("all", "boxes", "gaussian")
@@ -34,9 +35,7 @@ def imitation_loss(
     Raises:
         ValueError: the shapes differ, there is no level, or ``norm`` is unknown.
     """
-    shapes = [[tuple(level.shape) for level in side] for side in (student, teacher)]
-    if not student or shapes[0] != shapes[1]:
-        raise ValueError(f"expected the same shapes of features, at least one level; got {shapes[0]} and {shapes[1]}")
+    check_pyramids(student, teacher)
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
     if weights is None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import in_float32
+from .pyramid import check_pyramids
 
 
 @in_float32
@@ -29,9 +30,7 @@ def hierarchical_context_loss(
     Raises:
         ValueError: the numbers of levels or the shapes of a level differ, or there is no level.
     """
-    shapes = [[tuple(level.shape) for level in side] for side in (student, teacher)]
-    if not student or shapes[0] != shapes[1]:
-        raise ValueError(f"expected the same shapes of features, at least one level; got {shapes[0]} and {shapes[1]}")
+    check_pyramids(student, teacher)
     total = 0.0
     for student_level, teacher_level in zip(student, teacher):
         # Pooling is linear: the difference of the pooled maps is the pooled difference.

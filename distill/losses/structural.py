@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import in_float32
+from .pyramid import check_pyramids
 
 SCALES = ("minmax", "standard", "none")
 
@@ -126,9 +127,7 @@ def structural_loss(
     Raises:
         ValueError: the shapes differ, there is no level, ``scale`` is unknown, or see :func:`structural_similarity`.
     """
-    shapes = [[tuple(level.shape) for level in side] for side in (student, teacher)]
-    if not student or shapes[0] != shapes[1]:
-        raise ValueError(f"expected the same shapes of features, at least one level; got {shapes[0]} and {shapes[1]}")
+    check_pyramids(student, teacher)
     losses = []
     for x, y in zip(student, teacher):
         x, y, data_range = _to_one_scale(x, y, scale)
