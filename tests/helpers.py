@@ -82,6 +82,30 @@ def detector_cfg(kind: str, depth: int = 18, channels: int = 16, **overrides) ->
     return cfg
 
 
+def aligned_cfg(kind: str, at: str = "teacher", **overrides) -> CfgNode:
+    """The config of a small AlignedTeacher of one of DETECTORS ("teacher"), or of the plain detector that computes what
+    it does on the whole image ("full") or on the image at half size ("half")."""
+    first = 2 if at == "half" else 3
+    levels = [f"p{level}" for level in range(first, first + 5)]
+    stages = ["res2", "res3", "res4", "res5"]
+    values = {
+        "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],
+        "MODEL.RESNETS.OUT_FEATURES": stages,
+        "MODEL.FPN.IN_FEATURES": stages,
+        "MODEL.RPN.IN_FEATURES": levels,
+        "MODEL.ROI_HEADS.IN_FEATURES": levels[:4],
+        "MODEL.RETINANET.IN_FEATURES": levels,
+        "MODEL.FCOS.IN_FEATURES": levels,
+        "MODEL.FCOS.NORM": "",  # in groups of one channel, a level of one cell cannot be normalised
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[size / 2 if at == "half" else size] for size in (16, 32, 64, 128, 256)],
+    }
+    cfg = detector_cfg(kind, **{**values, **overrides})
+    if at == "teacher":
+        cfg.MODEL.ALIGNED_TEACHER.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = "AlignedTeacher"
+    return cfg
+
+
 def write_teacher(folder: Path, cfg: CfgNode) -> CfgNode:
     """Writes a teacher's config and random weights; returns a config's DISTILL.TEACHER overrides."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from .defaults import add_distill_config, add_weight_config
 from .loading import (
     CLASS_NODES,
+    detector_config,
     import_modules,
     load_config,
     num_classes,
@@ -17,6 +18,7 @@ __all__ = [
     "CLASS_NODES",
     "add_distill_config",
     "add_weight_config",
+    "detector_config",
     "import_modules",
     "load_config",
     "num_classes",

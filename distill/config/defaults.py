@@ -20,6 +20,11 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Prefixes of the student's weights that are copied from the teacher at the start, such as
     # "backbone.fpn_" or "roi_heads" (Kang et al., NeurIPS 2021). All that they name must fit.
     _C.DISTILL.STUDENT.INHERIT = []
+    # The size at which the student sees the images, relative to the teacher: 1.0, or 0.5, 0.25 ... for aligned
+    # distillation. MODEL.* and INPUT.*_TEST describe the student at its own size, INPUT.*_TRAIN is the teacher's.
+    _C.DISTILL.STUDENT.INPUT_SCALE = 1.0
+    # How training images become smaller for it: "bilinear" (antialiased, as Detectron2 resizes) or "nearest"
+    _C.DISTILL.STUDENT.DOWNSAMPLING = "bilinear"
 
     _C.DISTILL.TEACHER = CN()
     # A config file, or the name of a config in Detectron2's model zoo
@@ -126,6 +131,15 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.DISTILL.GLOBAL.RESPONSE_WEIGHT = 1.0
     _C.DISTILL.GLOBAL.TEMPERATURE = 2.0
 
+    # Multi-scale aligned distillation (arXiv 2109.04875). The weight is published as T^2 a / T, T = 3, a = 0.2.
+    _C.DISTILL.ALIGNED = CN()
+    add_weight_config(_C.DISTILL.ALIGNED, loss_weight=0.6)
+    _C.DISTILL.ALIGNED.WARMUP_ITERS = 500
+    # Levels to compare, by the teacher's names. Empty: all that lie on each other.
+    _C.DISTILL.ALIGNED.LEVELS = []
+    # As STRUCTURAL.ADAPTATION
+    _C.DISTILL.ALIGNED.ADAPTATION = "auto"
+
     # Data sets to register first: "name=voc:ROOT:SPLIT[:class,class,...]" or "name=coco:JSON:IMAGE_ROOT"
     _C.DATASETS.REGISTER = []
 
@@ -134,6 +148,22 @@ def add_distill_config(cfg: CfgNode) -> None:
 
     # Factor of all of the ResNet's widths, for build_slimmable_resnet_fpn_backbone: 0.25, 0.5, 0.75 or 1.0
     _C.MODEL.RESNETS.WIDTH_MULT = 1.0
+
+    # The multi-scale teacher of aligned distillation, for META_ARCHITECTURE AlignedTeacher
+    _C.MODEL.ALIGNED_TEACHER = CN()
+    # The detector that it is: "RetinaNet", "FCOS" or "GeneralizedRCNN". The rest of MODEL.* describes it; its heads
+    # take all of the FPN's levels but the finest, such as p3 to p7 where the FPN begins at p2.
+    _C.MODEL.ALIGNED_TEACHER.META_ARCHITECTURE = "RetinaNet"
+    # How the half-size image comes from the whole one in training: "bilinear" (antialiased) or "nearest" (published)
+    _C.MODEL.ALIGNED_TEACHER.DOWNSAMPLING = "bilinear"
+    # Factor of the losses on the fused features
+    _C.MODEL.ALIGNED_TEACHER.FUSED_LOSS_WEIGHT = 0.4
+    # The fusion's hidden layer has 2 * FPN.OUT_CHANNELS / REDUCTION channels
+    _C.MODEL.ALIGNED_TEACHER.REDUCTION = 16
+    # Filled in by AlignedTeacher: the MODEL.BACKBONE.NAME that its own backbone is built around
+    _C.MODEL.ALIGNED_TEACHER.BACKBONE = ""
+    # Which pyramid an AlignedTeacher detects on: "high" (the whole image), "low" (half its size) or "fused" (both)
+    _C.TEST.SCALES = "fused"
 
     # torchvision classification networks, for build_torchvision_fpn_backbone
     _C.MODEL.TORCHVISION = CN()

@@ -167,6 +167,22 @@ def student_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def detector_config(cfg: CfgNode) -> CfgNode:
+    """The config of the detector that a config comes down to.
+
+    Args:
+        cfg: a full config.
+
+    Returns:
+        A copy, not frozen, in which MODEL.META_ARCHITECTURE is Detectron2's: the student's, or the one that an
+        AlignedTeacher is made of.
+    """
+    cfg = student_config(cfg)
+    if cfg.MODEL.META_ARCHITECTURE == "AlignedTeacher":
+        cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.ALIGNED_TEACHER.META_ARCHITECTURE
+    return cfg
+
+
 def slim_config(cfg: CfgNode) -> CfgNode:
     """The config of a slimmable ResNet with an FPN in Detectron2's own keys.
 
@@ -203,7 +219,8 @@ def plain_config(cfg: CfgNode) -> CfgNode:
 
     The keys of this package are dropped, but for those that the student itself is built from: MODEL.FCOS for an
     FCOS student, MODEL.TORCHVISION for a torchvision backbone. To read such a config, call
-    ``add_distill_config`` first. A slimmable ResNet becomes a plain one of the same widths.
+    ``add_distill_config`` first. A slimmable ResNet becomes a plain one of the same widths. The sizes of training
+    images become those that the student saw.
 
     Args:
         cfg: a full config.
@@ -211,11 +228,17 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     Returns:
         A copy, not frozen.
     """
+    scale = cfg.DISTILL.STUDENT.INPUT_SCALE if cfg.MODEL.META_ARCHITECTURE == "DistillationModel" else 1.0
     cfg = student_config(cfg)
+    if cfg.MODEL.META_ARCHITECTURE == "AlignedTeacher":
+        raise DistillError("An AlignedTeacher is no plain Detectron2 detector: export a student that it taught.")
+    cfg.INPUT.MIN_SIZE_TRAIN = tuple(round(size * scale) for size in cfg.INPUT.MIN_SIZE_TRAIN)
+    cfg.INPUT.MAX_SIZE_TRAIN = round(cfg.INPUT.MAX_SIZE_TRAIN * scale)
     if cfg.MODEL.BACKBONE.NAME == "build_slimmable_resnet_fpn_backbone":
         cfg = slim_config(cfg)
     del cfg.MODEL.RESNETS["WIDTH_MULT"]
-    del cfg["DISTILL"], cfg.DATASETS["REGISTER"], cfg.SOLVER["OPTIMIZER"]
+    del cfg["DISTILL"], cfg.DATASETS["REGISTER"], cfg.SOLVER["OPTIMIZER"], cfg.TEST["SCALES"]
+    del cfg.MODEL["ALIGNED_TEACHER"]
     if cfg.MODEL.META_ARCHITECTURE != "FCOS":
         del cfg.MODEL["FCOS"]
     if cfg.MODEL.BACKBONE.NAME != "build_torchvision_fpn_backbone":
@@ -233,9 +256,9 @@ def num_classes(cfg: CfgNode) -> int:
         The number, without background.
 
     Raises:
-        DistillError: the student is of a family that keeps it elsewhere.
+        DistillError: the detector is of a family that keeps it elsewhere.
     """
-    arch = student_config(cfg).MODEL.META_ARCHITECTURE
+    arch = detector_config(cfg).MODEL.META_ARCHITECTURE
     if arch not in CLASS_NODES:
         raise DistillError(f"The number of classes of a {arch} is not known: expected one of {', '.join(CLASS_NODES)}.")
     return cfg.MODEL[CLASS_NODES[arch]].NUM_CLASSES

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 
-from ..config import CLASS_NODES, student_config
+from ..config import CLASS_NODES, detector_config
 from ..errors import DistillError
 
 _FORMS = "'name=voc:ROOT:SPLIT[:class,class,...]' or 'name=coco:JSON:IMAGE_ROOT'"
@@ -52,7 +52,7 @@ def check_datasets(cfg: CfgNode) -> None:
         DistillError: there is no such data set, its classes are not those of the others or not as many as the
             student's, or there is no evaluator for it.
     """
-    node = CLASS_NODES.get(student_config(cfg).MODEL.META_ARCHITECTURE)
+    node = CLASS_NODES.get(detector_config(cfg).MODEL.META_ARCHITECTURE)
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     for name in names:
         if name not in DatasetCatalog.list():

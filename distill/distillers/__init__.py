@@ -1,6 +1,7 @@
 """Distillation methods, one file each, and the registry in which anyone adds another."""
 
 from .adaptation import build_adaptation
+from .aligned import AlignedDistiller
 from .base import Distiller, shared_levels
 from .build import DISTILLER_REGISTRY, build_distillers
 from .global_knowledge import GlobalKnowledgeDistiller
@@ -10,6 +11,7 @@ from .structural import StructuralDistiller
 
 __all__ = [
     "DISTILLER_REGISTRY",
+    "AlignedDistiller",
     "Distiller",
     "GlobalKnowledgeDistiller",
     "ImitationDistiller",

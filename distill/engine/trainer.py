@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from ..data import CheckedDatasetMapper
 from ..errors import DistillError
 from ..modeling import DistillationModel
+from ..modeling.backbones import freeze_unused_levels
 from ..modeling.checkpoint import describe_weights
 from .hooks import CheckGradients
 
@@ -58,6 +59,7 @@ class Trainer(DefaultTrainer):
         """
         model = build_model(cfg)
         if not isinstance(model, DistillationModel):
+            freeze_unused_levels(model)
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
             logger.info(
                 f"Model: {type(model).__name__}, {parameters:.1f} M parameters, "

@@ -1,5 +1,6 @@
 """The methods' formulas, as pure functions of tensors. All of them compute in float32."""
 
+from .aligned import aligned_loss
 from .global_knowledge import (
     box_levels,
     box_mask,
@@ -16,6 +17,7 @@ from .review import hierarchical_context_loss
 from .structural import structural_loss, structural_similarity, structural_similarity_terms
 
 __all__ = [
+    "aligned_loss",
     "box_levels",
     "box_mask",
     "box_means",

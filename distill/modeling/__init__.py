@@ -1,5 +1,6 @@
 """Student, teacher and what a distiller sees of them; backbones and meta-architectures."""
 
+from .aligned_teacher import AlignedBackbone, AlignedTeacher
 from .backbones import TorchvisionBackbone, build_slimmable_resnet_fpn_backbone, build_torchvision_fpn_backbone
 from .distillation_model import DistillationModel
 from .fusion import CrossFeatureFusion
@@ -9,6 +10,8 @@ from .views import DetectorView
 
 __all__ = [
     "FCOS",
+    "AlignedBackbone",
+    "AlignedTeacher",
     "CrossFeatureFusion",
     "DetectorView",
     "DistillationModel",

@@ -202,3 +202,26 @@ def build_slimmable_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
     """
     cfg = slim_config(cfg)
     return BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, input_shape)
+
+
+def freeze_unused_levels(detector: nn.Module) -> None:
+    """Freezes the convolutions of an FPN's last levels where the detector's heads do not take them.
+
+    Detectron2's RetinaNet builders always make P7, which a detector on P2 to P6 leaves out. A weight without gradient
+    is an error on several GPUs.
+
+    Args:
+        detector: any; nothing is done to one with another kind of backbone.
+    """
+    backbone = getattr(detector, "backbone", None)
+    backbone = getattr(backbone, "fpn", backbone)
+    top = getattr(backbone, "top_block", None)
+    used = list(getattr(detector, "head_in_features", []))
+    for part in ("proposal_generator", "roi_heads"):
+        used += getattr(getattr(detector, part, None), "in_features", [])
+    if used and isinstance(top, LastLevelP6P7):
+        *_, p6, p7 = backbone.output_shape()
+        if p7 not in used:
+            top.p7.requires_grad_(False)
+            if p6 not in used:
+                top.p6.requires_grad_(False)

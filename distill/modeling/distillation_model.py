@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,15 +15,16 @@ from torch import Tensor, nn
 from ..config import student_config
 from ..distillers.build import build_distillers, check_distillers
 from ..errors import DistillError
+from .backbones import freeze_unused_levels
 from .checkpoint import describe_weights
 from .inherit import inheritable_weights
 from .loss_weights import LossWeights
+from .scaling import Scaling, build_scaling
+from .state_names import rename_state
 from .teacher import Teacher, build_teacher, check_detector
 from .views import DetectorView, FeatureTap
 
 logger = logging.getLogger(__name__)
-
-_STUDENT = "student."
 
 
 @META_ARCH_REGISTRY.register()
@@ -40,6 +40,8 @@ class DistillationModel(nn.Module):
         distillers: by name; their losses add up.
         inherit: prefixes of the student's weights that :meth:`start` copies from the teacher.
         loss_weights: how the distillers' losses are weighed; by default, by each distiller's own weight alone.
+        scaling: at which size the student sees the images in training, and so which of its levels lies on which of the
+            teacher's; by default at full size.
 
     Raises:
         DistillError: student or teacher is not a detector that can be distilled, or a weight to be inherited does
@@ -55,6 +57,7 @@ class DistillationModel(nn.Module):
         distillers: nn.ModuleDict,
         inherit: Sequence[str] = (),
         loss_weights: LossWeights | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         super().__init__()
         check_detector(student, "student")
@@ -62,8 +65,10 @@ class DistillationModel(nn.Module):
         self.distillers = distillers
         self.teacher = teacher
         self._loss_weights = loss_weights or LossWeights(distillers)
+        self._scaling = scaling or Scaling()
+        self._levels = self._scaling.levels(student.backbone.output_shape(), teacher.output_shape)
         self._inherit = list(inherit)
-        inheritable_weights(student, teacher.model, self._inherit)  # an error now rather than after the data is loaded
+        self._inheritable_weights()  # an error now rather than after the data is loaded
         self._tap = FeatureTap(student.backbone)
         # what the student's own heads computed is there for the distillers to see
         parts = {name: getattr(student, name, None) for name in ("roi_heads", "head")}
@@ -71,18 +76,19 @@ class DistillationModel(nn.Module):
         parts["box_predictor"] = predictor[0] if isinstance(predictor, (nn.ModuleList, list)) else predictor
         self._head_taps = {name: FeatureTap(part) for name, part in parts.items() if part is not None}
         self._check_padding()
-        self.register_state_dict_post_hook(_strip_student_prefix)
-        self.register_load_state_dict_pre_hook(_add_student_prefix)
-        self.register_load_state_dict_post_hook(_strip_reported_keys)
+        rename_state(self, [("distillers.", "distillers."), ("student.", "")])
         self.to(student.device)  # distillers and teacher too
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         check_distillers(cfg)
+        scaling = build_scaling(cfg)
         student = build_model(student_config(cfg))
+        freeze_unused_levels(student)
         with torch.random.fork_rng(devices=[]):  # so that the student's training draws what it draws without a teacher
             teacher = build_teacher(cfg)
-            distillers = build_distillers(cfg, student.backbone.output_shape(), teacher.output_shape)
+            shape = scaling.shape(student.backbone.output_shape(), teacher.output_shape)
+            distillers = build_distillers(cfg, shape, teacher.output_shape)
         parameters = sum(p.numel() for p in student.parameters()) / 1e6
         logger.info(
             f"Student: {type(student).__name__}, {parameters:.1f} M parameters, "
@@ -102,6 +108,7 @@ class DistillationModel(nn.Module):
             "loss_weights": LossWeights(
                 distillers, cfg.SOLVER.MAX_ITER, cfg.DISTILL.GRADIENT_LOG_PERIOD, cfg.DISTILL.BALANCE
             ),
+            "scaling": scaling,
         }
 
     def __getattr__(self, name: str) -> Any:
@@ -134,10 +141,10 @@ class DistillationModel(nn.Module):
             teacher = self.teacher.view(batched_inputs)
             if self.distillers:
                 teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
-            detection = dict(self.student(batched_inputs))
+            detection = dict(self.student(self._scaling.batch(batched_inputs)))
             record = self._tap.take()
             outputs = {name: tap.take()[1] for name, tap in self._head_taps.items() if tap.has_record}
-            student = DetectorView(self.student, batched_inputs, lambda: record, frozen=False, outputs=outputs)
+            student = self._student_view(batched_inputs, lambda: record, frozen=False, outputs=outputs)
             distilled: dict[str, dict[str, Tensor]] = {}
             taken = set(detection)
             for name, distiller in self.distillers.items():
@@ -162,10 +169,16 @@ class DistillationModel(nn.Module):
         """
 
         def features() -> tuple[Tensor, dict[str, Tensor]]:
-            images = self.student.preprocess_image(batched_inputs).tensor
+            images = self.student.preprocess_image(self._scaling.batch(batched_inputs)).tensor
             return images, self.student.backbone(images)
 
-        return DetectorView(self.student, batched_inputs, features, frozen=True), self.teacher.view(batched_inputs)
+        return self._student_view(batched_inputs, features, frozen=True), self.teacher.view(batched_inputs)
+
+    def _inheritable_weights(self) -> dict[str, Tensor]:
+        return inheritable_weights(self.student, self.teacher.model, self._inherit, self._scaling.scale)
+
+    def _student_view(self, *args: Any, **settings: Any) -> DetectorView:
+        return DetectorView(self.student, *args, **settings, scaling=self._scaling, levels=self._levels)
 
     def start(self) -> None:
         """What a run begins with, after weights are loaded and unless it is resumed: the distillers forget other runs,
@@ -175,7 +188,7 @@ class DistillationModel(nn.Module):
         """
         for distiller in self.distillers.values():
             distiller.reset()
-        weights = inheritable_weights(self.student, self.teacher.model, self._inherit)
+        weights = self._inheritable_weights()
         if not weights:
             return
         own = self.student.state_dict()
@@ -184,26 +197,32 @@ class DistillationModel(nn.Module):
         logger.info(f"The student inherits {len(weights)} weights from the teacher, under {', '.join(self._inherit)}")
 
     def _check_padding(self) -> None:
-        backbones = [self.student.backbone, self.teacher.model.backbone]
-        self._divisibility = math.lcm(*(max(b.size_divisibility, 1) for b in backbones))
-        self._to_pad = [b for b in backbones if max(b.size_divisibility, 1) != self._divisibility]
-        if any(not hasattr(b, "_size_divisibility") for b in self._to_pad):
-            raise DistillError(
-                "Student and teacher pad images to multiples of "
-                f"{' and '.join(str(b.size_divisibility) for b in backbones)} pixels, and the backbone "
-                f"{type(self._to_pad[0]).__name__} cannot be told to pad to others. Choose backbones of one kind."
-            )
+        """Finds sizes that both can pad to, the student's being the teacher's at its scale."""
+        backbones = {self.student.backbone: self._scaling.factor, self.teacher.model.backbone: 1}
+        whole = math.lcm(*(max(b.size_divisibility, 1) * factor for b, factor in backbones.items()))
+        self._to_pad = {
+            backbone: whole // factor
+            for backbone, factor in backbones.items()
+            if max(backbone.size_divisibility, 1) * factor != whole
+        }
+        for backbone in self._to_pad:
+            if not hasattr(backbone, "_size_divisibility"):
+                raise DistillError(
+                    "Student and teacher pad images to multiples of "
+                    f"{' and '.join(str(b.size_divisibility) for b in backbones)} pixels, and the backbone "
+                    f"{type(backbone).__name__} cannot be told to pad to others. Choose backbones of one kind."
+                )
 
     @contextlib.contextmanager
     def _same_padding(self) -> Iterator[None]:
         """Makes student and teacher pad to one size for a training step; in evaluation each pads as it does alone."""
-        own = [b._size_divisibility for b in self._to_pad]
+        own = {backbone: backbone._size_divisibility for backbone in self._to_pad}
         try:
-            for backbone in self._to_pad:
-                backbone._size_divisibility = self._divisibility
+            for backbone, divisibility in self._to_pad.items():
+                backbone._size_divisibility = divisibility
             yield
         finally:
-            for backbone, divisibility in zip(self._to_pad, own):
+            for backbone, divisibility in own.items():
                 backbone._size_divisibility = divisibility
 
 
@@ -237,28 +256,3 @@ def _checked(name: str, result: Any, taken: set[str]) -> dict[str, Tensor]:
             )
         losses[key] = loss
     return losses
-
-
-def _strip_student_prefix(module: nn.Module, state_dict: OrderedDict, prefix: str, local_metadata: dict) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix + _STUDENT)]:
-        state_dict[prefix + key[len(prefix + _STUDENT) :]] = state_dict.pop(key)
-    versions = state_dict._metadata
-    for name in [name for name in versions if f"{name}.".startswith(prefix + _STUDENT)]:
-        versions[(prefix + name[len(prefix + _STUDENT) :]).rstrip(".")] = versions.pop(name)
-
-
-def _add_student_prefix(
-    module: nn.Module, state_dict: OrderedDict, prefix: str, local_metadata: dict, *reports: Any
-) -> None:
-    own = (prefix + "distillers.", prefix + _STUDENT)
-    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
-        state_dict[prefix + _STUDENT + key[len(prefix) :]] = state_dict.pop(key)
-    # the caller's state dict shares this mapping, so its entries stay
-    versions = getattr(state_dict, "_metadata", None) or {}
-    for name in [name for name in versions if f"{name}.".startswith(prefix) and not f"{name}.".startswith(own)]:
-        versions[(prefix + _STUDENT + name[len(prefix) :]).rstrip(".")] = versions[name]
-
-
-def _strip_reported_keys(module: nn.Module, incompatible: Any) -> None:
-    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
-        keys[:] = [key.removeprefix(_STUDENT) for key in keys]

@@ -2,25 +2,29 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
 
 
-def inheritable_weights(student: nn.Module, teacher: nn.Module, prefixes: Sequence[str]) -> dict[str, Tensor]:
+def inheritable_weights(
+    student: nn.Module, teacher: nn.Module, prefixes: Sequence[str], scale: float = 1.0
+) -> dict[str, Tensor]:
     """Finds the teacher's weights for the parts of the student that ``prefixes`` name.
 
     Args:
         student: the student.
         teacher: the teacher.
         prefixes: beginnings of weight names, such as "backbone.fpn_" or "roi_heads".
+        scale: the size at which the student sees the images, relative to the teacher.
 
     Returns:
         The teacher's weights by name.
 
     Raises:
-        DistillError: a prefix names nothing, or a weight that one names is missing in the teacher or has another
-            shape there.
+        DistillError: a prefix names nothing; a weight that one names is missing in the teacher or has another shape
+            there; or a head is named whose anchors are not the teacher's at the scale.
     """
     own, given = student.state_dict(), teacher.state_dict()
     for prefix in prefixes:
@@ -42,4 +46,20 @@ def inheritable_weights(student: nn.Module, teacher: nn.Module, prefixes: Sequen
             f"DISTILL.STUDENT.INHERIT: {len(misfits)} of {len(wanted)} weights do not fit: {'; '.join(misfits)}. Name "
             "only parts that both have in the same shape."
         )
+    if scale != 1:
+        _check_anchors(student, teacher, wanted, scale)
     return {key: given[key] for key in wanted}
+
+
+def _check_anchors(student: nn.Module, teacher: nn.Module, keys: Sequence[str], scale: float) -> None:
+    if not any(key.startswith(("head.", "proposal_generator.")) for key in keys):
+        return
+    own, given = (
+        list(getattr(side, "proposal_generator", side).anchor_generator.cell_anchors) for side in (student, teacher)
+    )
+    if any(x.shape != y.shape or not torch.allclose(x, y * scale, rtol=1e-3) for x, y in zip(own, given)):
+        raise DistillError(
+            f"DISTILL.STUDENT.INHERIT names a head whose anchors must be {scale:g} times the teacher's, since the "
+            f"student sees the images at that size. They are not: set "
+            f"MODEL.ANCHOR_GENERATOR.SIZES to {scale:g} times the teacher's."
+        )

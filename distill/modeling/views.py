@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..errors import DistillError
+from .scaling import Scaling
 
 
 class FeatureTap:
@@ -50,6 +51,8 @@ class DetectorView:
         frozen: whether the detector is a teacher, all of whose results come without gradient.
         outputs: what modules of the detector returned in this step, by their names ("roi_heads", "box_predictor",
             "head").
+        scaling: at which size the detector sees the images. Whatever the view shows is in pixels of the whole images.
+        levels: the names that the view has for the detector's levels, see :meth:`Scaling.levels`. By default their own.
 
     Attributes:
         strides: stride of each level, in pixels.
@@ -63,13 +66,20 @@ class DetectorView:
         compute_features: Callable[[], tuple[Tensor, dict[str, Tensor]]],
         frozen: bool,
         outputs: Mapping[str, Any] | None = None,
+        scaling: Scaling | None = None,
+        levels: Mapping[str, str] | None = None,
     ) -> None:
         self._detector = detector
         self._batched_inputs = batched_inputs
         self._compute_features = compute_features
         self._frozen = frozen
         self._outputs = outputs or {}
-        self.strides: dict[str, int] = {k: v.stride for k, v in detector.backbone.output_shape().items()}
+        self._scaling = scaling or Scaling()
+        shape = detector.backbone.output_shape()
+        self._levels = dict(levels or {name: name for name in shape})
+        self.strides: dict[str, int] = {
+            name: shape[own].stride * self._scaling.factor for own, name in self._levels.items()
+        }
         self.image_sizes: list[tuple[int, int]] = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
 
     @cached_property
@@ -79,12 +89,16 @@ class DetectorView:
 
     @property
     def images(self) -> Tensor:
-        """``Tensor[N, 3, H, W]``: the images as this detector normalises and pads them."""
+        """``Tensor[N, 3, H, W]``: the images as this detector scales, normalises and pads them."""
         return self._images_and_features[0]
 
     @property
     def features(self) -> dict[str, Tensor]:
         """The backbone's outputs by level, finest first: ``Tensor[N, C, H / stride, W / stride]``."""
+        return {name: self._own_features[own] for own, name in self._levels.items()}
+
+    @property
+    def _own_features(self) -> dict[str, Tensor]:
         return self._images_and_features[1]
 
     @cached_property
@@ -106,7 +120,14 @@ class DetectorView:
     def proposals(self) -> list[Instances]:
         """The proposals of each image that the student's box head was trained on in this step: ``proposal_boxes``, and
         ``gt_classes`` with the number of classes for background."""
-        return self._recorded("roi_heads")[0]
+        own = self._recorded("roi_heads")[0]
+        if self._scaling.scale == 1:
+            return own
+        boxes = [Boxes(x.proposal_boxes.tensor * self._scaling.factor) for x in own]
+        return [
+            Instances(size, proposal_boxes=found, gt_classes=x.gt_classes)
+            for size, found, x in zip(self.image_sizes, boxes, own)
+        ]
 
     @property
     def proposal_logits(self) -> Tensor:
@@ -149,8 +170,9 @@ class DetectorView:
         """
         detector = self._detector
         anchors = detector.anchor_generator(self._head_features)
+        truths = [self._scaling.instances(x) for x in self.ground_truth]
         matches = []
-        for labels, boxes, truth in zip(*detector.label_anchors(anchors, self.ground_truth), self.ground_truth):
+        for labels, boxes, truth in zip(*detector.label_anchors(anchors, truths), truths):
             positive = ((labels >= 0) & (labels < detector.num_classes)).nonzero()[:, 0]
             matched = boxes[positive]
             matched = matched.tensor if isinstance(matched, Boxes) else matched
@@ -161,14 +183,14 @@ class DetectorView:
 
     @property
     def _head_features(self) -> list[Tensor]:
-        return [self.features[level] for level in self._detector.head_in_features]
+        return [self._own_features[level] for level in self._detector.head_in_features]
 
     def box_head(self, boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
         """The box head's outputs on given boxes. Of a Cascade R-CNN, it is the first stage's, which is the one
         that sees proposals as they come.
 
         Args:
-            boxes: boxes of each image, in pixels of the (padded) image.
+            boxes: boxes of each image, in pixels of the (padded, whole) image.
 
         Returns:
             Classification logits, ``Tensor[R, K + 1]`` with the background last, and box deltas,
@@ -188,5 +210,6 @@ class DetectorView:
             for module in (heads.box_head, heads.box_predictor)
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
-            pooled = heads.box_pooler([self.features[level] for level in heads.box_in_features], boxes)
+            features = [self._own_features[level] for level in heads.box_in_features]
+            pooled = heads.box_pooler(features, self._scaling.boxes(boxes))
             return box_predictor(box_head(pooled))

@@ -1,0 +1,204 @@
+"""A detector that sees the images smaller than another: how images, annotations and levels correspond."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
+from torch import Tensor
+
+from ..errors import DistillError
+
+DOWNSAMPLINGS = ("bilinear", "nearest")
+
+
+def downsample(images: Tensor, factor: int, mode: str = "bilinear") -> Tensor:
+    """Makes images smaller by a whole factor.
+
+    Args:
+        images: ``Tensor[..., C, H, W]``, of three or four dimensions.
+        factor: how many pixels become one, in each direction.
+        mode: "nearest" takes the first pixel of each cell; "bilinear" is antialiased, as Detectron2's resize is.
+
+    Returns:
+        ``Tensor[..., C, ceil(H / factor), ceil(W / factor)]``. Where a size is no multiple, the last row or column is
+        repeated, so that pixel x comes to lie at x / factor in any case.
+
+    Raises:
+        DistillError: ``mode`` is unknown.
+    """
+    if mode not in DOWNSAMPLINGS:
+        raise DistillError(f"DOWNSAMPLING is {mode!r}: expected one of {', '.join(DOWNSAMPLINGS)}.")
+    if factor == 1:
+        return images
+    if mode == "nearest":
+        return images[..., ::factor, ::factor]
+    images = images.float()
+    height, width = images.shape[-2:]
+    missing = -height % factor, -width % factor
+    if any(missing):
+        images = F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate")
+    batch = images if images.dim() == 4 else images[None]
+    size = [side // factor for side in batch.shape[-2:]]
+    small = F.interpolate(batch, size, mode="bilinear", antialias=True, align_corners=False)
+    return small if images.dim() == 4 else small[0]
+
+
+def scale_instances(instances: Instances, scale: float, size: tuple[int, int]) -> Instances:
+    """Annotations of an image as those of the smaller one.
+
+    Args:
+        instances: with boxes, masks or keypoints in pixels, among other fields.
+        scale: 2^-k.
+        size: height and width of the smaller image.
+
+    Returns:
+        The same, in pixels of the smaller image. The given ones are not changed.
+    """
+    scaled = Instances(size)
+    step = round(1 / scale)
+    for name, value in instances.get_fields().items():
+        if isinstance(value, Boxes):  # rotated ones, too
+            value = value.clone()
+            value.scale(scale, scale)
+        elif isinstance(value, PolygonMasks):
+            value = PolygonMasks([[polygon * scale for polygon in polygons] for polygons in value.polygons])
+        elif isinstance(value, BitMasks):
+            value = BitMasks(value.tensor[:, ::step, ::step])
+        elif isinstance(value, Keypoints):
+            points = value.tensor.clone()
+            points[..., :2] *= scale
+            value = Keypoints(points)
+        scaled.set(name, value)
+    return scaled
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a detector that sees the images at a scale of 2^-k corresponds to one that sees them whole.
+
+    Shifting its pyramid by k levels lays its cells on the other's: at half size, P2 has the stride of P3 in pixels of
+    the whole image. arXiv 2109.04875, section 3.1.
+
+    Args:
+        scale: 2^-k for a whole k, 1.0 for none.
+        downsampling: see :func:`downsample`.
+
+    Raises:
+        DistillError: the scale is no such number, or the downsampling is unknown.
+    """
+
+    scale: float = 1.0
+    downsampling: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 1 or not math.log2(self.scale).is_integer():
+            raise DistillError(
+                f"DISTILL.STUDENT.INPUT_SCALE is {self.scale}: expected 1.0, 0.5, 0.25 or another power of 0.5: only "
+                "these shift the pyramid by whole levels."
+            )
+        if self.downsampling not in DOWNSAMPLINGS:
+            raise DistillError(
+                f"DISTILL.STUDENT.DOWNSAMPLING is {self.downsampling!r}: expected one of {', '.join(DOWNSAMPLINGS)}."
+            )
+
+    @property
+    def factor(self) -> int:
+        """1 / scale."""
+        return round(1 / self.scale)
+
+    def batch(self, batched_inputs: list[dict]) -> list[dict]:
+        """A batch in Detectron2's format as the scaled detector gets it: images, annotations, given proposals.
+
+        Args:
+            batched_inputs: the batch of whole images; it is not changed.
+
+        Returns:
+            The scaled batch, whose "height" and "width" are still those of the original image.
+        """
+        if self.scale == 1:
+            return batched_inputs
+        scaled = []
+        for record in batched_inputs:
+            record = {**record, "image": downsample(record["image"], self.factor, self.downsampling)}
+            for key in ("instances", "proposals"):
+                if key in record:
+                    record[key] = self.instances(record[key])
+            scaled.append(record)
+        return scaled
+
+    def instances(self, instances: Instances) -> Instances:
+        """See :func:`scale_instances`."""
+        if self.scale == 1:
+            return instances
+        height, width = instances.image_size
+        return scale_instances(instances, self.scale, (-(-height // self.factor), -(-width // self.factor)))
+
+    def boxes(self, boxes: Sequence[Boxes]) -> list[Boxes]:
+        """Boxes of whole images in pixels of the scaled ones."""
+        return [Boxes(x.tensor * self.scale) for x in boxes]
+
+    def levels(self, own: Mapping[str, ShapeSpec], other: Mapping[str, ShapeSpec]) -> dict[str, str]:
+        """Which of the scaled detector's levels lies on which of the other's.
+
+        Args:
+            own: the scaled detector's levels.
+            other: the levels of the detector that sees whole images.
+
+        Returns:
+            The common name by own name: the other's, for levels that have a counterpart. At scale 1 all keep their own.
+
+        Raises:
+            DistillError: no level has a counterpart.
+        """
+        if self.scale == 1:
+            return {name: name for name in own}
+        by_stride = {shape.stride: name for name, shape in other.items()}
+        names = {
+            name: by_stride[shape.stride * self.factor]
+            for name, shape in own.items()
+            if shape.stride * self.factor in by_stride
+        }
+        if not names:
+            strides = [[f"{name}: {shape.stride}" for name, shape in side.items()] for side in (own, other)]
+            raise DistillError(
+                f"At DISTILL.STUDENT.INPUT_SCALE {self.scale} a level of the student of stride s lies on one of the "
+                f"teacher of stride {self.factor} s, and there is none: the student has {', '.join(strides[0])}; the "
+                f"teacher {', '.join(strides[1])}. Give the student finer levels."
+            )
+        return names
+
+    def shape(self, own: Mapping[str, ShapeSpec], other: Mapping[str, ShapeSpec]) -> dict[str, ShapeSpec]:
+        """The scaled detector's levels as the other's: common names, strides in pixels of the whole image."""
+        return {
+            name: ShapeSpec(channels=own[key].channels, stride=own[key].stride * self.factor)
+            for key, name in self.levels(own, other).items()
+        }
+
+
+def build_scaling(cfg: CfgNode) -> Scaling:
+    """The scaling of DISTILL.STUDENT.
+
+    Args:
+        cfg: the full config.
+
+    Returns:
+        The scaling.
+
+    Raises:
+        DistillError: see :class:`Scaling`; or the student is tested on larger images than it is trained on, as when
+            INPUT.MIN_SIZE_TEST was left at the teacher's.
+    """
+    scaling = Scaling(cfg.DISTILL.STUDENT.INPUT_SCALE, cfg.DISTILL.STUDENT.DOWNSAMPLING)
+    largest = round(max(cfg.INPUT.MIN_SIZE_TRAIN) * scaling.scale)
+    if scaling.scale < 1 and largest < cfg.INPUT.MIN_SIZE_TEST:
+        raise DistillError(
+            f"INPUT.MIN_SIZE_TEST is {cfg.INPUT.MIN_SIZE_TEST}, but at DISTILL.STUDENT.INPUT_SCALE {scaling.scale} of "
+            f"INPUT.MIN_SIZE_TRAIN {tuple(cfg.INPUT.MIN_SIZE_TRAIN)} the student is trained on images of {largest} "
+            f"pixels at most. INPUT.*_TEST is the student's own size: set MIN_SIZE_TEST {largest} and MAX_SIZE_TEST "
+            f"{round(cfg.INPUT.MAX_SIZE_TRAIN * scaling.scale)}."
+        )
+    return scaling

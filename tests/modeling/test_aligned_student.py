@@ -1,0 +1,301 @@
+"""A student that sees the images at half size: what it is given, how its views are aligned, how it leaves."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+from PIL import Image
+
+from distill.config import load_config, plain_config
+from distill.distillers import AlignedDistiller, Distiller
+from distill.engine import Trainer
+from distill.errors import DistillError
+from distill.losses import aligned_loss
+from distill.modeling import DetectorView
+from distill.modeling.loss_weights import LossWeights
+from distill.modeling.scaling import Scaling
+from tests.helpers import (
+    DETECTORS,
+    NUM_CLASSES,
+    aligned_cfg,
+    detector_cfg,
+    distillation_cfg,
+    random_batch,
+    run_script,
+    set_all,
+    write_teacher,
+)
+
+SIZES = [(64, 96), (61, 75)]
+SMALL_TEST = {"INPUT.MIN_SIZE_TEST": 400, "INPUT.MAX_SIZE_TEST": 667}
+
+
+def inherited(kind):
+    return ["backbone", "head"] if kind in ("retinanet", "fcos") else ["backbone", "proposal_generator", "roi_heads"]
+
+
+def pair_cfg(tmp_path, kind, teacher=None, **overrides):
+    """The config of a half-size student with an AlignedTeacher, or with another teacher."""
+    given = write_teacher(tmp_path, teacher or aligned_cfg(kind))
+    values = {"DISTILL.STUDENT.INPUT_SCALE": 0.5, "DISTILL.DISTILLERS": ["AlignedDistiller"], **SMALL_TEST}
+    return distillation_cfg(aligned_cfg(kind, "half"), given, **{**values, **overrides})
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("sizes", [SIZES, [(129, 65)], [(31, 33), (20, 97)]])
+def test_aligned_maps_have_equal_sizes_for_any_image(tmp_path, kind, sizes):
+    model = build_model(pair_cfg(tmp_path, kind)).train()
+    seen = {}
+
+    class Looking(Distiller):
+        def forward(self, student, teacher):
+            seen.update(student=student, teacher=teacher)
+            return {"loss_looking": sum(level.mean() for level in student.features.values())}
+
+    model.distillers["Looking"] = Looking()
+    model._loss_weights = LossWeights(model.distillers)
+    alone = copy.deepcopy(model.student)
+    alone.backbone._forward_hooks.clear()
+    batch = random_batch(*sizes)
+    torch.manual_seed(0)
+    losses = model(batch)
+    student, teacher = seen["student"], seen["teacher"]
+    assert list(student.features) == list(teacher.features) == ["p3", "p4", "p5", "p6", "p7"]
+    for level in student.features:
+        assert student.features[level].shape == teacher.features[level].shape
+        assert student.strides[level] == teacher.strides[level] == 2 ** int(level[1])
+    assert [2 * side for side in student.images.shape[2:]] == list(teacher.images.shape[2:])
+    assert student.image_sizes == sizes and student.ground_truth[0].image_size == sizes[0]
+
+    # the student's own losses are those of the plain detector on the half-size batch, padded to the same size
+    torch.manual_seed(0)
+    for name, loss in alone(Scaling(0.5).batch(batch)).items():
+        assert torch.equal(loss, losses[name])
+    # and the distiller's is the formula, on the same levels
+    own = [student.features[level] for level in student.features]
+    expected = aligned_loss(own, [teacher.features[level] for level in student.features])
+    torch.testing.assert_close(losses["loss_aligned"], expected * 0)  # the first step of the ramp
+    distiller = model.distillers["AlignedDistiller"]
+    torch.testing.assert_close(distiller(student, teacher)["loss_aligned"], expected)
+    assert expected > 0
+
+
+def test_the_weight_is_the_published_one_and_grows_over_500_iterations(tmp_path):
+    distiller = build_model(pair_cfg(tmp_path, "retinanet")).distillers["AlignedDistiller"]
+    assert isinstance(distiller, AlignedDistiller)
+    for iteration, expected in ((0, 0.0), (125, 0.15), (500, 3**2 * 0.2 / 3), (9000, 0.6)):
+        assert distiller.weight_at(iteration, 10000) == pytest.approx(expected)
+    assert distiller.levels == ["p3", "p4", "p5", "p6", "p7"]
+    assert not list(distiller.parameters())
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_every_trainable_weight_gets_a_gradient_and_the_teacher_none(tmp_path, kind):
+    cfg = pair_cfg(tmp_path, kind, aligned_cfg(kind, channels=32), **{"DISTILL.ALIGNED.WARMUP_ITERS": 0})
+    model = build_model(cfg).train()
+    losses = model(random_batch(*SIZES))
+    assert losses["loss_aligned"] > 0
+    sum(losses.values()).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert all(p.grad.abs().sum() > 0 for p in model.distillers.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in model.teacher.model.parameters())
+    # Detectron2's RetinaNet FPN has a P7, which P2 to P6 leave over: on several GPUs it must not wait for a gradient
+    frozen = {name for name, p in model.student.named_parameters() if not p.requires_grad}
+    left_over = {"backbone.top_block.p7.weight", "backbone.top_block.p7.bias"}
+    assert frozen == (left_over if kind in ("retinanet", "fcos") else set())
+    plain = Trainer.build_model(aligned_cfg(kind, "half")).train()
+    sum(plain(random_batch((64, 64))).values()).backward()
+    assert not [name for name, p in plain.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_the_student_starts_from_all_of_the_teachers_weights(tmp_path, kind):
+    model = build_model(pair_cfg(tmp_path, kind, **{"DISTILL.STUDENT.INHERIT": inherited(kind)})).train()
+    model.start()
+    given = model.teacher.model.state_dict()
+    own = model.student.state_dict()
+    assert given.keys() - own.keys() == {"fusion.squeeze.weight", "fusion.weigh.weight"}
+    assert all(torch.equal(value, given[name]) for name, value in own.items())
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn"])
+def test_heads_with_other_anchors_are_not_inherited(tmp_path, kind):
+    whole = [[16], [32], [64], [128], [256]]
+    overrides = {"DISTILL.STUDENT.INHERIT": inherited(kind), "MODEL.ANCHOR_GENERATOR.SIZES": whole}
+    with pytest.raises(DistillError, match="anchors must be 0.5 times the teacher's"):
+        build_model(pair_cfg(tmp_path, kind, **overrides))
+    build_model(pair_cfg(tmp_path, kind, **{**overrides, "DISTILL.STUDENT.INHERIT": ["backbone"]}))
+
+
+@pytest.mark.parametrize(
+    "name", ["ReviewDistiller", "StructuralDistiller", "ImitationDistiller", "GlobalKnowledgeDistiller"]
+)
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_other_distillers_a_smaller_backbone_and_a_plain_teacher(tmp_path, kind, name):
+    dense = kind == "retinanet"
+    teacher = detector_cfg(kind, depth=34, channels=24)  # p3 to p7 of the whole image, or p2 to p6
+    model = build_model(pair_cfg(tmp_path, kind, teacher, **{"DISTILL.DISTILLERS": [name]})).train()
+    assert model.distillers[name].levels == (["p3", "p4", "p5", "p6", "p7"] if dense else ["p3", "p4", "p5", "p6"])
+    losses = model(random_batch(*SIZES))
+    own = [loss for key, loss in losses.items() if key not in model.student(random_batch(*SIZES))]
+    assert own and all(torch.isfinite(loss) for loss in own)
+    sum(losses.values()).backward()
+    if name != "GlobalKnowledgeDistiller":
+        assert all(p.grad.abs().sum() > 0 for p in model.distillers.parameters())
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])
+def test_what_a_view_shows_is_in_pixels_of_the_whole_image(tmp_path, kind):
+    model = build_model(pair_cfg(tmp_path, kind)).train()
+    batch = random_batch((128, 192), (128, 192))
+    half = Scaling(0.5).batch(batch)
+    view, _ = model.frozen_views(batch)
+    if kind == "faster_rcnn":
+        heads = model.student.roi_heads
+        boxes = [x["instances"].gt_boxes for x in batch]
+        with torch.no_grad():
+            features = model.student.backbone(model.student.preprocess_image(half).tensor)
+            pooled = heads.box_pooler(
+                [features[level] for level in heads.in_features], [Boxes(x.tensor / 2) for x in boxes]
+            )
+            expected = heads.box_predictor(heads.box_head(pooled))
+        for got, wanted in zip(view.box_head(boxes), expected):
+            torch.testing.assert_close(got, wanted)
+        model(batch)
+        recorded = {}
+        model.student.roi_heads.register_forward_hook(lambda module, args, output: recorded.update(own=output[0]))
+
+        class Looking(Distiller):
+            def forward(self, student, teacher):
+                recorded["view"] = student.proposals
+                return {"loss_looking": student.features["p3"].mean()}
+
+        model.distillers["Looking"] = Looking()
+        model._loss_weights = LossWeights(model.distillers)
+        model(batch)
+        for own, shown in zip(recorded["own"], recorded["view"]):
+            assert torch.equal(own.proposal_boxes.tensor * 2, shown.proposal_boxes.tensor)
+            assert torch.equal(own.gt_classes, shown.gt_classes) and shown.image_size == (128, 192)
+        return
+    # a dense detector's cells and annotations are those of the teacher, one level coarser
+    whole = build_model(aligned_cfg(kind, "full"))
+    images = torch.zeros(2, 3, 128, 192)
+    other = DetectorView(whole, batch, lambda: (images, whole.backbone(images)), frozen=True)
+    matched = 0
+    for (cells, annotations), (expected_cells, expected) in zip(view.match_anchors(), other.match_anchors()):
+        assert torch.equal(cells, expected_cells) and torch.equal(annotations, expected)
+        matched += len(cells)
+    assert matched > 0
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("DISTILL.STUDENT.INPUT_SCALE", 0.7, "INPUT_SCALE is 0.7: expected 1.0, 0.5"),
+        ("DISTILL.STUDENT.DOWNSAMPLING", "area", "STUDENT.DOWNSAMPLING is 'area'"),
+        ("INPUT.MIN_SIZE_TEST", 800, "INPUT.MIN_SIZE_TEST is 800, but .* of 400 pixels at most.*set MIN_SIZE_TEST 400"),
+        ("DISTILL.ALIGNED.LEVELS", ["p2"], "asks for p2, which the student does not have"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, key, value, message):
+    with pytest.raises(DistillError, match=message):
+        build_model(pair_cfg(tmp_path, "retinanet", **{key: value}))
+
+
+PLAIN_EVALUATION = """
+import sys
+sys.modules["distill"] = None  # importing it fails
+import json
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.data import build_detection_test_loader
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+
+config, annotations, images, output = sys.argv[1:]
+cfg = get_cfg()
+cfg.merge_from_file(config, allow_unsafe=False)
+assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[8.0], [16.0], [32.0], [64.0], [128.0]]
+assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (400, 667)
+register_coco_instances("half", {}, annotations, images)
+model = DefaultTrainer.build_model(cfg)
+DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+evaluator = COCOEvaluator("half", output_dir=output)
+print("AP", json.dumps(inference_on_dataset(model, build_detection_test_loader(cfg, "half"), evaluator)["bbox"]))
+"""
+
+
+def write_coco(folder):
+    """Three random images in COCO format; returns the annotation file and the image folder."""
+    folder.mkdir()
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i + 1, "name": f"c{i}"} for i in range(NUM_CLASSES)],
+    }
+    for index, (height, width) in enumerate([(75, 101), (64, 64), (133, 90)], 1):
+        Image.fromarray(np.random.randint(256, size=(height, width, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        content["images"].append({"id": index, "file_name": f"{index}.png", "height": height, "width": width})
+        box = {"bbox": [8, 8, 40, 32], "area": 1280, "category_id": index, "iscrowd": 0}
+        content["annotations"].append({"id": index, "image_id": index, **box})
+    (folder / "instances.json").write_text(json.dumps(content))
+    return str(folder / "instances.json"), str(folder)
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_plain_detectron2_evaluates_the_exported_student_to_the_same_ap(tmp_path, kind):
+    annotations, images = write_coco(tmp_path / "data")
+    cfg = pair_cfg(
+        tmp_path,
+        kind,
+        **{
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+            "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,
+            "DATASETS.REGISTER": [f"half=coco:{annotations}:{images}"],
+            "DATASETS.TRAIN": ["half"],
+            "DATASETS.TEST": ["half"],
+            "OUTPUT_DIR": str(tmp_path / "out"),
+        },
+    )
+    model = build_model(cfg)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    config = tmp_path / "cfg.yaml"
+    config.write_text(cfg.dump())
+    ours = run_script(
+        "train_net.py", "--eval-only", "--config-file", str(config), "MODEL.WEIGHTS", str(tmp_path / "model.pth")
+    )
+    assert ours.returncode == 0, ours.stderr[-3000:]
+    out = tmp_path / "exported"
+    run_script(
+        "tools/export_student.py", "--config-file", str(config), "--weights", str(tmp_path / "model.pth"),
+        "--output", str(out),
+    )  # fmt: skip
+    (tmp_path / "plain.py").write_text(PLAIN_EVALUATION)
+    plain = run_script(
+        str(tmp_path / "plain.py"), str(out / "config.yaml"), annotations, images, str(tmp_path / "inference")
+    )
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    theirs = json.loads(plain.stdout.rsplit("AP ", 1)[1])
+    results = [json.loads(path.read_text()) for path in (
+        tmp_path / "out" / "inference" / "coco_instances_results.json",
+        tmp_path / "inference" / "coco_instances_results.json",
+    )]  # fmt: skip
+    assert results[0] == results[1] and len(results[0]) > 0
+    assert theirs["AP"] >= 0
+
+
+def test_the_exported_config_is_for_half_size_images(tmp_path):
+    cfg = pair_cfg(tmp_path, "retinanet")
+    set_all(cfg, {"INPUT.MIN_SIZE_TRAIN": (640, 800), "INPUT.MAX_SIZE_TRAIN": 1333})
+    plain = plain_config(cfg)
+    assert plain.INPUT.MIN_SIZE_TRAIN == (320, 400) and plain.INPUT.MAX_SIZE_TRAIN == 666
+    assert (plain.INPUT.MIN_SIZE_TEST, plain.INPUT.MAX_SIZE_TEST) == (400, 667)
+    assert plain.MODEL.RETINANET.IN_FEATURES == ["p2", "p3", "p4", "p5", "p6"]
+    assert not {"SCALES"} & plain.TEST.keys() and "ALIGNED_TEACHER" not in plain.MODEL
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    assert load_config(str(tmp_path / "cfg.yaml")).DISTILL.STUDENT.INPUT_SCALE == 0.5
