@@ -12,7 +12,16 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import ROOT, SHARED_DATA, detector_cfg, run_script, set_all, write_teacher
+from tests.helpers import (
+    ROOT,
+    SHARED_DATA,
+    aligned_cfg,
+    detector_cfg,
+    distillation_cfg,
+    run_script,
+    set_all,
+    write_teacher,
+)
 
 SMALL_SCENES = {
     "DATASETS.TRAIN": ["digit_scenes_train"],
@@ -262,3 +271,32 @@ def test_trains_and_evaluates_mask_rcnn_on_coco_mini_and_evaluates_the_checkpoin
     values = [[float(v) for v in line.rsplit(" ", 1)[1].split(",")] for line in copied if "AP" not in line]
     assert values[0][0] == pytest.approx(trained["bbox/AP"], abs=1e-4)
     assert values[1][0] == pytest.approx(trained["segm/AP"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind, heads", [("retinanet", ["head"]), ("mask_rcnn", ["proposal_generator", "roi_heads"])])
+def test_a_multi_scale_teacher_and_its_half_size_student_train_on_two_processes(tmp_path, kind, heads):
+    node = "RETINANET" if kind == "retinanet" else "ROI_HEADS"
+    scenes = {**SMALL_SCENES, f"MODEL.{node}.NUM_CLASSES": 10, "SOLVER.MAX_ITER": 3, "INPUT.MIN_SIZE_TRAIN": [93]}
+    teacher = aligned_cfg(kind, **{**scenes, "OUTPUT_DIR": str(tmp_path / "teacher")})
+    (tmp_path / "teacher.yaml").write_text(teacher.dump())
+    result = run_script("train_net.py", "--num-gpus", "2", "--config-file", str(tmp_path / "teacher.yaml"))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    name = "loss_cls"
+    metrics = read_metrics(tmp_path / "teacher")
+    assert all(metrics[f"{name}_{scale}"] > 0 for scale in ("high", "low", "fused"))
+
+    half = {"INPUT.MIN_SIZE_TEST": 46, "OUTPUT_DIR": str(tmp_path / "out"), "DISTILL.STUDENT.INPUT_SCALE": 0.5}
+    given = {
+        "DISTILL.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
+        "DISTILL.TEACHER.WEIGHTS": str(tmp_path / "teacher" / "model_final.pth"),
+        "DISTILL.STUDENT.INHERIT": ["backbone", *heads],
+        "DISTILL.DISTILLERS": ["AlignedDistiller"],
+    }
+    cfg = distillation_cfg(aligned_cfg(kind, "half", **scenes), given, **half)
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    result = run_script("train_net.py", "--num-gpus", "2", "--config-file", str(tmp_path / "cfg.yaml"))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "The student inherits" in log
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics["loss_aligned"] > 0 and metrics["weight/loss_aligned"] == pytest.approx(0.6 * 2 / 500)

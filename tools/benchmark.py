@@ -2,16 +2,21 @@
 """Step time and peak memory of a distillation config, broken down: what each part costs, and what the whole costs.
 
     python tools/benchmark.py --config-file CONFIG [--json FILE] [--rounds N]
+    python tools/benchmark.py --config-file CONFIG --inference [--image-size H W]
 
 The batch is random images of the config's training size (INPUT.MIN_SIZE_TRAIN x MAX_SIZE_TRAIN, SOLVER.IMS_PER_BATCH
 of them) with random boxes; weights are random, so neither data nor checkpoints are needed. The parts run in turns,
 round after round, so that a machine whose speed drifts slows all of them alike. Beside the parts that make up a step
 stands the student's backbone alone, to which each of them is compared.
+
+With ``--inference``: the time of an image, GFLOPs and peak memory of teacher and student, and of a student at half size
+also at full size. Random weights detect next to nothing, so what is left out is the cost of handling many detections.
 """
 
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import logging
 import re
@@ -21,12 +26,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
+from fvcore.nn import FlopCountAnalysis
 from tabulate import tabulate
 from torch import nn
 
@@ -36,6 +44,7 @@ from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import DetectorView, DistillationModel, Teacher
 from distill.modeling.loss_weights import LossWeights
+from distill.modeling.scaling import build_scaling
 from distill.modeling.teacher import teacher_config
 
 logger = logging.getLogger("detectron2.benchmark")
@@ -85,12 +94,21 @@ def keep_freed_memory() -> None:
 
 class PeakMemory:
     """Peak memory between two calls, in MiB: CUDA's allocations, or the process's resident memory on Linux, which holds
-    what the parts before have freed."""
+    what the parts before have freed.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        device: "cuda" or "cpu".
+        above_held: count only what came on top of what was held at the first call.
+    """
+
+    def __init__(self, device: str, above_held: bool = False) -> None:
         self.cuda = device.startswith("cuda")
+        self.above_held = above_held
+        self.held = 0.0
 
     def reset(self) -> None:
+        if self.above_held:
+            self.held = torch.cuda.memory_allocated() / 2**20 if self.cuda else self._status("VmRSS")
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -99,9 +117,12 @@ class PeakMemory:
 
     def read(self) -> float:
         if self.cuda:
-            return torch.cuda.max_memory_allocated() / 2**20
+            return torch.cuda.max_memory_allocated() / 2**20 - self.held
+        return self._status("VmHWM") - self.held
+
+    def _status(self, key: str) -> float:
         status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) / 2**10
+        return int(re.search(rf"{key}:\s+(\d+)", status).group(1)) / 2**10
 
 
 def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
@@ -111,9 +132,12 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     cfg.MODEL.TORCHVISION.WEIGHTS = teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""
     student = build_model(student_config(cfg))
     teacher = Teacher(build_model(teacher_cfg))
-    distillers = build_distillers(cfg, student.backbone.output_shape(), teacher.output_shape)
-    model = DistillationModel(student=student, teacher=teacher, distillers=distillers).train()
+    scaling = build_scaling(cfg)
+    levels = student.backbone.output_shape(), teacher.output_shape
+    distillers = build_distillers(cfg, scaling.shape(*levels), teacher.output_shape)
+    model = DistillationModel(student=student, teacher=teacher, distillers=distillers, scaling=scaling).train()
     batch = random_batch(cfg)
+    own_batch = scaling.batch(batch)
     own_optimizer, optimizer = Trainer.build_optimizer(cfg, student), Trainer.build_optimizer(cfg, model)
 
     def autocast() -> torch.autocast:
@@ -122,7 +146,7 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         with autocast():
-            loss = sum(module(batch).values())
+            loss = sum(module(own_batch if module is student else batch).values())
         loss.backward()
         optimizer.step()
         if module is student:
@@ -131,14 +155,15 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     with autocast(), torch.no_grad(), model._same_padding():
         view = teacher.view(batch)
         images, record = view.images, view.features
-        own = student.backbone(student.preprocess_image(batch).tensor)
-        student(batch)
+        own_images = student.preprocess_image(own_batch).tensor
+        own = student.backbone(own_images)
+        student(own_batch)
         outputs = {name: tap.take()[1] for name, tap in model._head_taps.items()}
 
     def distil(distiller: nn.Module) -> None:
         leaves = {k: v.clone().requires_grad_() for k, v in own.items()}
         views = (
-            DetectorView(student, batch, lambda: (images, leaves), frozen=False, outputs=outputs),
+            model._student_view(batch, lambda: (own_images, leaves), frozen=False, outputs=outputs),
             DetectorView(teacher.model, batch, lambda: (images, record), frozen=True),
         )
         with autocast():
@@ -147,7 +172,7 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
 
     def backbone() -> None:
         with autocast():
-            features = student.backbone(images)
+            features = student.backbone(own_images)
         sum(level.float().sum() for level in features.values()).backward()
         model._tap.take()  # the tap holds them
 
@@ -175,15 +200,14 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     return parts
 
 
-def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> tuple[list[dict], float]:
-    """Times the parts in turns.
+def time_in_turns(
+    parts: dict[str, Callable[[], None]], rounds: int, memory: PeakMemory
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Runs the parts one after the other, round after round.
 
     Returns:
-        A row for each part (median, minimum and maximum in ms; the median over the rounds of its time divided by the
-        backbone's; peak memory in MiB), and the median over the rounds of the full step's time divided by the sum of
-        the times of the parts that it consists of.
+        For each part its time in every round, in ms, and its peak memory, in MiB.
     """
-    memory = PeakMemory(device)
     times: dict[str, list[float]] = {name: [] for name in parts}
     peaks = dict.fromkeys(parts, 0.0)
     started = logged = time.perf_counter()
@@ -201,12 +225,27 @@ def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> t
             logged = time.perf_counter()
             left = (logged - started) / (index + 1) * (rounds + 1 - index)
             logger.info(f"round {index + 1} of {rounds + 2}, {left:.0f} s left")
+    return times, peaks
+
+
+def describe_times(times: list[float]) -> dict[str, float]:
+    """Median, minimum and maximum, as columns of a table."""
+    return {"ms": statistics.median(times), "min ms": min(times), "max ms": max(times)}
+
+
+def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> tuple[list[dict], float]:
+    """Times the parts in turns.
+
+    Returns:
+        A row for each part (median, minimum and maximum in ms; the median over the rounds of its time divided by the
+        backbone's; peak memory in MiB), and the median over the rounds of the full step's time divided by the sum of
+        the times of the parts that it consists of.
+    """
+    times, peaks = time_in_turns(parts, rounds, PeakMemory(device))
     rows = [
         {
             "part": name,
-            "ms": statistics.median(values),
-            "min ms": min(values),
-            "max ms": max(values),
+            **describe_times(values),
             "/ backbone": statistics.median(part / whole for part, whole in zip(values, times[BACKBONE])),
             "peak MiB": peaks[name],
         }
@@ -217,11 +256,83 @@ def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> t
     return rows, ratio
 
 
+def inference_configs(cfg: CfgNode) -> dict[str, CfgNode]:
+    """The detectors to compare at inference: the teacher, the student, and for a student that sees the images smaller,
+    the same student at the teacher's size, with its heads on the levels that the teacher's stand on."""
+    teacher, student = teacher_config(cfg), student_config(cfg)
+    configs = {"teacher": teacher}
+    scale = cfg.DISTILL.STUDENT.INPUT_SCALE
+    if scale != 1:
+        whole = student.clone()
+        whole.MODEL.ANCHOR_GENERATOR = teacher.MODEL.ANCHOR_GENERATOR
+        for node in ("RPN", "ROI_HEADS", "RETINANET", "FCOS"):
+            whole.MODEL[node].IN_FEATURES = teacher.MODEL[node].IN_FEATURES
+        whole.INPUT = teacher.INPUT
+        whole.MODEL.ALIGNED_TEACHER.META_ARCHITECTURE = student.MODEL.META_ARCHITECTURE
+        whole.MODEL.META_ARCHITECTURE, whole.TEST.SCALES = "AlignedTeacher", "high"  # without the unused finest level
+        configs["student at full size"] = whole
+    configs[f"student at {scale:g} of the size" if scale != 1 else "student"] = student
+    return configs
+
+
+class _Boxes(nn.Module):
+    """A detector as a function of tensors, which is what fvcore can trace."""
+
+    def __init__(self, model: nn.Module, height: int, width: int) -> None:
+        super().__init__()
+        self.model, self.size = model, {"height": height, "width": width}
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        (output,) = self.model([{"image": image, **self.size}])
+        return output["instances"].pred_boxes.tensor
+
+
+def measure_inference(cfg: CfgNode, image_size: tuple[int, int], rounds: int) -> list[dict]:
+    """Runs the detectors in turns on the same random images, each resized to its own INPUT.MIN_SIZE_TEST.
+
+    Returns:
+        A row for each detector: its input's height and width, median, minimum and maximum ms per image, the median over
+        the rounds of its time divided by the teacher's, GFLOPs by fvcore's counter (a multiplication and an addition
+        are one), and in MiB its weights together with the peak of what a forward pass takes on top.
+    """
+    image = np.random.default_rng(0).integers(256, size=(*image_size, 3), dtype=np.uint8)
+    runs, inputs, flops, weights = {}, {}, {}, {}
+    for name, own in inference_configs(cfg).items():
+        own.MODEL.TORCHVISION.WEIGHTS, own.MODEL.DEVICE = "", cfg.MODEL.DEVICE
+        model = build_model(own).eval()
+        resize = ResizeShortestEdge(own.INPUT.MIN_SIZE_TEST, own.INPUT.MAX_SIZE_TEST)
+        resized = resize.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        batch = [{"image": tensor, "height": image_size[0], "width": image_size[1]}]
+        inputs[name] = f"{tensor.shape[1]}x{tensor.shape[2]}"
+        with torch.no_grad():
+            counter = FlopCountAnalysis(_Boxes(model, *image_size), tensor)
+            flops[name] = counter.unsupported_ops_warnings(False).tracer_warnings("none").total() / 1e9
+        weights[name] = sum(p.nbytes for p in [*model.parameters(), *model.buffers()]) / 2**20
+        runs[name] = functools.partial(torch.no_grad()(model), batch)
+    times, peaks = time_in_turns(runs, rounds, PeakMemory(cfg.MODEL.DEVICE, above_held=True))
+    return [
+        {
+            "detector": name,
+            "input": inputs[name],
+            **describe_times(values),
+            "/ teacher": statistics.median(own / whole for own, whole in zip(values, times["teacher"])),
+            "GFLOPs": flops[name],
+            "peak MiB": weights[name] + peaks[name],
+        }
+        for name, values in times.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--inference", action="store_true", help="compare the detectors at inference instead of a step")
+    parser.add_argument(
+        "--image-size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"), help="of the image of --inference"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     args = parser.parse_args()
     setup_logger()
@@ -229,16 +340,24 @@ def main() -> None:
         cfg = load_config(args.config_file, args.opts)
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
-        keep_freed_memory()
+        if not args.inference:
+            keep_freed_memory()
+        content = {"config": args.config_file, "rounds": args.rounds}
         with EventStorage():
-            rows, ratio = measure(build_parts(cfg), args.rounds, cfg.MODEL.DEVICE)
+            if args.inference:
+                content["rows"] = measure_inference(cfg, tuple(args.image_size), args.rounds)
+            else:
+                content["rows"], content["ratio"] = measure(build_parts(cfg), args.rounds, cfg.MODEL.DEVICE)
     except DistillError as error:
         sys.exit(f"error: {error}")
-    device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE.startswith("cuda") else "CPU"
-    print(tabulate(rows, headers="keys", floatfmt=("", ".1f", ".1f", ".1f", ".3f", ".1f"), tablefmt="pipe"))
-    print(f"\nfull step / sum of its parts: {ratio:.3f} (median of {args.rounds} rounds, {device})")
+    content["device"] = torch.cuda.get_device_name() if cfg.MODEL.DEVICE.startswith("cuda") else "CPU"
+    precision = {"/ backbone": ".3f", "/ teacher": ".3f", "GFLOPs": ".2f"}
+    formats = tuple(precision.get(column, ".1f") for column in content["rows"][0])
+    print(tabulate(content["rows"], headers="keys", floatfmt=formats, tablefmt="pipe"))
+    print(f"\n{args.rounds} rounds, {content['device']}")
+    if "ratio" in content:
+        print(f"full step / sum of its parts: {content['ratio']:.3f} (median of the rounds)")
     if args.json:
-        content = {"config": args.config_file, "device": device, "rounds": args.rounds, "rows": rows, "ratio": ratio}
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 

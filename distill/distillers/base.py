@@ -151,7 +151,7 @@ def shared_levels(
         if strides[0] != strides[1]:
             raise DistillError(
                 f"Level {level} has stride {strides[0]} in the student and {strides[1]} in the teacher, so their "
-                f"cells do not lie on each other. Leave it out of {key}; to learn across resolutions is what "
-                "aligned distillation is for (MSAD, arXiv 2109.04875; see docs/methods.md)."
+                f"cells do not lie on each other. Leave it out of {key}; for a student that sees the images at half "
+                "their size, set DISTILL.STUDENT.INPUT_SCALE 0.5, which shifts its levels (docs/methods.md)."
             )
     return sorted(levels, key=lambda level: student_shape[level].stride)

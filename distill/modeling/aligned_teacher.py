@@ -260,7 +260,7 @@ class AlignedTeacher(nn.Module):
         if backbone.scale == "high":
             with _padding_to(backbone, own):
                 return self.detector(batched_inputs)
-        sizes = [x["image"].shape[-2:] for x in batched_inputs]
+        sizes = [tuple(map(int, x["image"].shape[-2:])) for x in batched_inputs]  # while tracing, they are tensors
         small = [_resize(x["image"], -(-h // 2), -(-w // 2)) for x, (h, w) in zip(batched_inputs, sizes)]
         halves = [{**x, "image": image} for x, image in zip(batched_inputs, small)]
         with _padding_to(backbone, own):

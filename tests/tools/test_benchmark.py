@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers import detector_cfg, distillation_cfg, run_script, write_teacher
+from tests.helpers import aligned_cfg, detector_cfg, distillation_cfg, run_script, write_teacher
 
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "fcos"])
@@ -33,3 +33,29 @@ def test_reports_every_part(tmp_path, kind):
     assert all(row["min ms"] <= row["ms"] <= row["max ms"] and row["peak MiB"] > 0 for row in content["rows"])
     assert content["rows"][0]["/ backbone"] == 1 and all(row["/ backbone"] > 0 for row in content["rows"])
     assert f"full step / sum of its parts: {content['ratio']:.3f}" in result.stdout
+
+
+HALF = {"INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 96, "DISTILL.STUDENT.INPUT_SCALE": 0.5}
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_inference_of_teacher_full_size_and_half_size_student_on_the_same_image(tmp_path, kind):
+    whole = {"INPUT.MIN_SIZE_TEST": 128, "INPUT.MAX_SIZE_TEST": 192}
+    teacher = write_teacher(tmp_path, aligned_cfg(kind, **whole))
+    cfg = distillation_cfg(aligned_cfg(kind, "half"), teacher, **{"DISTILL.DISTILLERS": ["AlignedDistiller"], **HALF})
+    (tmp_path / "teacher.pth").unlink()
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    output = tmp_path / "rows.json"
+    command = ["tools/benchmark.py", "--config-file", str(tmp_path / "cfg.yaml"), "--inference", "--rounds", "2"]
+    result = run_script(*command, "--json", str(output), "--image-size", "100", "150")
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["detector"], row["input"]) for row in rows] == [
+        ("teacher", "128x192"),
+        ("student at full size", "128x192"),
+        ("student at 0.5 of the size", "64x96"),
+    ]
+    both, full, half = (row["GFLOPs"] for row in rows)
+    assert both > full > half > 0
+    assert all(row["min ms"] <= row["ms"] <= row["max ms"] and row["peak MiB"] > 0 for row in rows)
+    assert rows[0]["/ teacher"] == 1
