@@ -61,10 +61,13 @@ def setup(args: Namespace) -> CfgNode:
             cfg.DISTILL.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
             cfg.MODEL.META_ARCHITECTURE = "DistillationModel"
         cfg.DISTILL.DISTILLERS = [name.strip() for name in args.distill.split(",")]
-    elif not is_distilled and (cfg.DISTILL.DISTILLERS or cfg.DISTILL.STUDENT.INHERIT):
+    elif not is_distilled and (
+        cfg.DISTILL.DISTILLERS or cfg.DISTILL.STUDENT.INHERIT or cfg.DISTILL.STUDENT.INPUT_SCALE != 1
+    ):
         raise DistillError(
             f"{args.config_file} is not distilled (MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}), so its "
-            "DISTILL.DISTILLERS and STUDENT.INHERIT have no use: distil it by --distill NAMES --teacher-config T."
+            "DISTILL.DISTILLERS, STUDENT.INHERIT and STUDENT.INPUT_SCALE have no use: distil it by --distill NAMES "
+            "--teacher-config T."
         )
     elif (args.teacher_config or args.teacher_weights) and not (is_distilled or args.eval_teacher):
         raise DistillError(f"{args.config_file} is not distilled, so its teacher has no use: add --distill NAMES.")

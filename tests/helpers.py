@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import Backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
 import distill.modeling  # noqa: F401  registers its meta-architectures and backbones
@@ -149,6 +149,32 @@ def random_batch(*sizes: tuple[int, int], boxes: int = 3) -> list[dict]:
         image = torch.randint(256, (3, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch
+
+
+def averaging(fpn):
+    """Makes an FPN compute averages over its cells and nothing else, so that what it sees can be located."""
+
+    class Pool(Backbone):
+        def output_shape(self):
+            return fpn_shape
+
+        def forward(self, images):
+            gray = images.mean(1, keepdim=True)
+            return {
+                name: torch.nn.functional.avg_pool2d(gray, shape.stride).expand(-1, shape.channels, -1, -1)
+                for name, shape in fpn_shape.items()
+            }
+
+    fpn_shape = fpn.bottom_up.output_shape()
+    fpn.bottom_up = Pool()
+    for name, weight in fpn.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(weight)
+        elif "lateral" in name:
+            torch.nn.init.constant_(weight, 1 / weight.shape[1])
+        else:
+            torch.nn.init.dirac_(weight)
+    return fpn.eval().requires_grad_(False)
 
 
 def run_script(*args: str, cwd: Path = ROOT, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:

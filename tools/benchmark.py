@@ -146,7 +146,7 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         with autocast():
-            loss = sum(module(own_batch if module is student else batch).values())
+            loss = sum(module(scaling.batch(batch, student.device) if module is student else batch).values())
         loss.backward()
         optimizer.step()
         if module is student:
@@ -257,21 +257,23 @@ def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> t
 
 
 def inference_configs(cfg: CfgNode) -> dict[str, CfgNode]:
-    """The detectors to compare at inference: the teacher, the student, and for a student that sees the images smaller,
-    the same student at the teacher's size, with its heads on the levels that the teacher's stand on."""
+    """The detectors to compare at inference: the teacher, the student, and for a student at half size, the same student
+    at the teacher's size, its anchors doubled and its heads one level coarser."""
     teacher, student = teacher_config(cfg), student_config(cfg)
-    configs = {"teacher": teacher}
-    scale = cfg.DISTILL.STUDENT.INPUT_SCALE
-    if scale != 1:
+    configs, scale = {"teacher": teacher}, cfg.DISTILL.STUDENT.INPUT_SCALE
+    if scale == 0.5:
         whole = student.clone()
-        whole.MODEL.ANCHOR_GENERATOR = teacher.MODEL.ANCHOR_GENERATOR
         for node in ("RPN", "ROI_HEADS", "RETINANET", "FCOS"):
-            whole.MODEL[node].IN_FEATURES = teacher.MODEL[node].IN_FEATURES
+            whole.MODEL[node].IN_FEATURES = [
+                re.sub(r"\d+$", lambda level: str(int(level[0]) + 1), name) for name in whole.MODEL[node].IN_FEATURES
+            ]
+        sizes = whole.MODEL.ANCHOR_GENERATOR.SIZES
+        whole.MODEL.ANCHOR_GENERATOR.SIZES = [[2 * size for size in level] for level in sizes]
         whole.INPUT = teacher.INPUT
         whole.MODEL.ALIGNED_TEACHER.META_ARCHITECTURE = student.MODEL.META_ARCHITECTURE
         whole.MODEL.META_ARCHITECTURE, whole.TEST.SCALES = "AlignedTeacher", "high"  # without the unused finest level
         configs["student at full size"] = whole
-    configs[f"student at {scale:g} of the size" if scale != 1 else "student"] = student
+    configs["student" if scale == 1 else f"student at {scale:g} of the size"] = student
     return configs
 
 
@@ -295,6 +297,11 @@ def measure_inference(cfg: CfgNode, image_size: tuple[int, int], rounds: int) ->
         the rounds of its time divided by the teacher's, GFLOPs by fvcore's counter (a multiplication and an addition
         are one), and in MiB its weights together with the peak of what a forward pass takes on top.
     """
+
+    @torch.no_grad()
+    def detect(model: nn.Module, batch: list[dict]) -> None:
+        model(batch)
+
     image = np.random.default_rng(0).integers(256, size=(*image_size, 3), dtype=np.uint8)
     runs, inputs, flops, weights = {}, {}, {}, {}
     for name, own in inference_configs(cfg).items():
@@ -309,7 +316,7 @@ def measure_inference(cfg: CfgNode, image_size: tuple[int, int], rounds: int) ->
             counter = FlopCountAnalysis(_Boxes(model, *image_size), tensor)
             flops[name] = counter.unsupported_ops_warnings(False).tracer_warnings("none").total() / 1e9
         weights[name] = sum(p.nbytes for p in [*model.parameters(), *model.buffers()]) / 2**20
-        runs[name] = functools.partial(torch.no_grad()(model), batch)
+        runs[name] = functools.partial(detect, model, batch)
     times, peaks = time_in_turns(runs, rounds, PeakMemory(cfg.MODEL.DEVICE, above_held=True))
     return [
         {

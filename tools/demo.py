@@ -8,9 +8,7 @@ Finished stages are kept, and an interrupted one goes on from its last checkpoin
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -24,6 +22,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
+from runs import TrainingFailed, read_metrics, train
 from tabulate import tabulate
 
 from distill.config import load_config, student_config
@@ -31,27 +30,13 @@ from distill.data.digit_scenes import prepare_digit_scenes
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"teacher": "teacher", "student": "student", "student, distilled": "review"}
 NUM_DRAWN, MIN_SCORE = 6, 0.5
 NUM_TIMED = 20
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """What Detectron2 has written to metrics.json so far.
-
-    Args:
-        folder: a run's OUTPUT_DIR.
-
-    Returns:
-        A dict for each record, oldest first.
-    """
-    path = folder / "metrics.json"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-
-
 def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> None:
-    """Trains one model in a process of its own, showing its progress; returns at once if it is finished.
+    """Trains one model, showing its progress; returns at once if it is finished.
 
     Args:
         name: what to call it.
@@ -66,38 +51,18 @@ def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> N
     if finished.exists():
         print(f"{name}: finished already ({folder})")
         return
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def show(step: dict) -> None:
+        left = timedelta(seconds=int(step["eta_seconds"]))
+        print(f"{name}: step {step['iteration'] + 1}, loss {step['total_loss']:.2f}, {left} left", flush=True)
+
     log = folder / "train.log"
-    command = [
-        sys.executable,
-        "train_net.py",
-        "--config-file",
-        config,
-        "--resume",
-        "OUTPUT_DIR",
-        str(folder),
-        *overrides,
-    ]
     print(f"{name}: training, log in {log}", flush=True)
-    with log.open("a") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
-    shown = None
     try:
-        while process.poll() is None:
-            time.sleep(2)
-            steps = [record for record in read_metrics(folder) if "eta_seconds" in record]
-            if steps and steps[-1]["iteration"] != shown:
-                shown = steps[-1]["iteration"]
-                left = timedelta(seconds=int(steps[-1]["eta_seconds"]))
-                print(f"{name}: step {shown + 1}, loss {steps[-1]['total_loss']:.2f}, {left} left", flush=True)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    if process.returncode:
-        tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
+        train(config, folder, overrides, show)
+    except TrainingFailed as error:
         sys.exit(
-            f"{tail}\nerror: training the {name} failed, see {log}. Run it again to go on from the last checkpoint."
+            f"{error}\nerror: training the {name} failed, see {log}. Run it again to go on from the last checkpoint."
         )
     finished.touch()
 

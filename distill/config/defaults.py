@@ -154,8 +154,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     # The detector that it is: "RetinaNet", "FCOS" or "GeneralizedRCNN". The rest of MODEL.* describes it; its heads
     # take all of the FPN's levels but the finest, such as p3 to p7 where the FPN begins at p2.
     _C.MODEL.ALIGNED_TEACHER.META_ARCHITECTURE = "RetinaNet"
-    # How the half-size image comes from the whole one in training: "bilinear" (antialiased) or "nearest" (published)
-    _C.MODEL.ALIGNED_TEACHER.DOWNSAMPLING = "bilinear"
+    # How the half-size image comes from the whole one in training: "nearest" (published) or "bilinear" (antialiased)
+    _C.MODEL.ALIGNED_TEACHER.DOWNSAMPLING = "nearest"
     # Factor of the losses on the fused features
     _C.MODEL.ALIGNED_TEACHER.FUSED_LOSS_WEIGHT = 0.4
     # The fusion's hidden layer has 2 * FPN.OUT_CHANNELS / REDUCTION channels

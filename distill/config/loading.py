@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -232,8 +233,10 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     cfg = student_config(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "AlignedTeacher":
         raise DistillError("An AlignedTeacher is no plain Detectron2 detector: export a student that it taught.")
-    cfg.INPUT.MIN_SIZE_TRAIN = tuple(round(size * scale) for size in cfg.INPUT.MIN_SIZE_TRAIN)
-    cfg.INPUT.MAX_SIZE_TRAIN = round(cfg.INPUT.MAX_SIZE_TRAIN * scale)
+    cfg.INPUT.MIN_SIZE_TRAIN = tuple(math.ceil(size * scale) for size in cfg.INPUT.MIN_SIZE_TRAIN)
+    cfg.INPUT.MAX_SIZE_TRAIN = math.ceil(cfg.INPUT.MAX_SIZE_TRAIN * scale)
+    if cfg.INPUT.CROP.TYPE.startswith("absolute"):
+        cfg.INPUT.CROP.SIZE = [math.ceil(size * scale) for size in cfg.INPUT.CROP.SIZE]
     if cfg.MODEL.BACKBONE.NAME == "build_slimmable_resnet_fpn_backbone":
         cfg = slim_config(cfg)
     del cfg.MODEL.RESNETS["WIDTH_MULT"]

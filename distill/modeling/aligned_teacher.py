@@ -19,7 +19,7 @@ from ..config import CLASS_NODES, detector_config
 from ..errors import DistillError
 from .backbones import freeze_unused_levels
 from .fusion import CrossFeatureFusion
-from .scaling import DOWNSAMPLINGS, downsample
+from .scaling import check_downsampling, downsample
 from .state_names import rename_state
 
 SCALES = ("high", "low", "fused")
@@ -42,17 +42,14 @@ class AlignedBackbone(Backbone):
         DistillError: the backbone is no FPN of two levels or more, or an argument is unknown.
     """
 
-    def __init__(self, fpn: FPN, fusion: nn.Module, downsampling: str = "bilinear", scale: str = "fused") -> None:
+    def __init__(self, fpn: FPN, fusion: nn.Module, downsampling: str = "nearest", scale: str = "fused") -> None:
         super().__init__()
         if not isinstance(fpn, FPN) or len(fpn.in_features) < 2:
             raise DistillError(
                 f"AlignedTeacher shifts the levels of an FPN by one, and its backbone is a {type(fpn).__name__}: "
                 "expected Detectron2's FPN on two stages or more, such as build_retinanet_resnet_fpn_backbone."
             )
-        if downsampling not in DOWNSAMPLINGS:
-            raise DistillError(
-                f"MODEL.ALIGNED_TEACHER.DOWNSAMPLING is {downsampling!r}: expected one of {', '.join(DOWNSAMPLINGS)}."
-            )
+        check_downsampling(downsampling, "MODEL.ALIGNED_TEACHER.DOWNSAMPLING")
         if scale not in SCALES:
             raise DistillError(f"TEST.SCALES is {scale!r}: expected one of {', '.join(SCALES)}.")
         self.fpn = fpn
@@ -72,6 +69,14 @@ class AlignedBackbone(Backbone):
         self._low_levels = dict(zip(self._out_features, shape))  # each level's finer neighbour
         self._size_divisibility = 2 * fpn.size_divisibility
         self._served: dict[str, Tensor] | None = None
+
+    def __getattr__(self, name: str) -> Any:  # checkpointers look weights up by their names in the state dict
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "fpn":
+                raise
+            return getattr(self.fpn, name)
 
     @property
     def size_divisibility(self) -> int:
@@ -208,7 +213,10 @@ class AlignedTeacher(nn.Module):
         cfg.MODEL.BACKBONE.NAME = "build_aligned_backbone"
         try:
             detector = build_model(cfg)
-        except KeyError as error:  # Detectron2 looks the heads' levels up
+        except KeyError as error:
+            nodes = [cfg.MODEL[node] for node in ("RPN", "ROI_HEADS", "RETINANET", "FCOS")]
+            if not any(error.args[0] in node.IN_FEATURES for node in nodes):
+                raise
             raise DistillError(
                 f"AlignedTeacher's heads ask for {error}, which its backbone does not have: they take the FPN's levels "
                 "but the finest, such as p3 to p7 of p2 to p7. Shift the IN_FEATURES of the heads, or let "
@@ -216,6 +224,11 @@ class AlignedTeacher(nn.Module):
             ) from error
         freeze_unused_levels(detector)
         return {"detector": detector, "fused_loss_weight": cfg.MODEL.ALIGNED_TEACHER.FUSED_LOSS_WEIGHT}
+
+    @property
+    def fusion(self) -> nn.Module:
+        """The module that fuses two aligned maps."""
+        return self.detector.backbone.fusion
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -238,6 +251,8 @@ class AlignedTeacher(nn.Module):
 
     def _losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         backbone = self.detector.backbone
+        device = self.detector.device  # moved once, or each of the detector's passes would
+        batched_inputs = [{**x, "image": x["image"].to(device)} for x in batched_inputs]
         images = self.detector.preprocess_image(batched_inputs).tensor
         high, low = backbone.high(images), backbone.low(downsample(images, 2, backbone.downsampling))
         pyramids = {"high": high, "low": low, "fused": backbone.fused(high, low)}
@@ -260,7 +275,7 @@ class AlignedTeacher(nn.Module):
         if backbone.scale == "high":
             with _padding_to(backbone, own):
                 return self.detector(batched_inputs)
-        sizes = [tuple(map(int, x["image"].shape[-2:])) for x in batched_inputs]  # while tracing, they are tensors
+        sizes = [tuple(map(int, x["image"].shape[-2:])) for x in batched_inputs]  # tensors while fvcore counts
         small = [_resize(x["image"], -(-h // 2), -(-w // 2)) for x, (h, w) in zip(batched_inputs, sizes)]
         halves = [{**x, "image": image} for x, image in zip(batched_inputs, small)]
         with _padding_to(backbone, own):

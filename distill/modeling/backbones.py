@@ -204,19 +204,20 @@ def build_slimmable_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
     return BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, input_shape)
 
 
-def freeze_unused_levels(detector: nn.Module) -> None:
-    """Freezes the convolutions of an FPN's last levels where the detector's heads do not take them.
+def freeze_unused_levels(detector: nn.Module, compared: Sequence[str] = ()) -> None:
+    """Freezes the convolutions of an FPN's last levels where nobody takes them.
 
     Detectron2's RetinaNet builders always make P7, which a detector on P2 to P6 leaves out. A weight without gradient
     is an error on several GPUs.
 
     Args:
         detector: any; nothing is done to one with another kind of backbone.
+        compared: levels that are used, besides those of the detector's heads.
     """
     backbone = getattr(detector, "backbone", None)
     backbone = getattr(backbone, "fpn", backbone)
     top = getattr(backbone, "top_block", None)
-    used = list(getattr(detector, "head_in_features", []))
+    used = [*compared, *getattr(detector, "head_in_features", [])]
     for part in ("proposal_generator", "roi_heads"):
         used += getattr(getattr(detector, part, None), "in_features", [])
     if used and isinstance(top, LastLevelP6P7):

@@ -84,11 +84,12 @@ class DistillationModel(nn.Module):
         check_distillers(cfg)
         scaling = build_scaling(cfg)
         student = build_model(student_config(cfg))
-        freeze_unused_levels(student)
         with torch.random.fork_rng(devices=[]):  # so that the student's training draws what it draws without a teacher
             teacher = build_teacher(cfg)
-            shape = scaling.shape(student.backbone.output_shape(), teacher.output_shape)
-            distillers = build_distillers(cfg, shape, teacher.output_shape)
+            own, given = student.backbone.output_shape(), teacher.output_shape
+            distillers = build_distillers(cfg, scaling.shape(own, given), given)
+        compared = [key for key, name in scaling.levels(own, given).items() if name in given] if distillers else []
+        freeze_unused_levels(student, compared)
         parameters = sum(p.numel() for p in student.parameters()) / 1e6
         logger.info(
             f"Student: {type(student).__name__}, {parameters:.1f} M parameters, "
@@ -141,7 +142,7 @@ class DistillationModel(nn.Module):
             teacher = self.teacher.view(batched_inputs)
             if self.distillers:
                 teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
-            detection = dict(self.student(self._scaling.batch(batched_inputs)))
+            detection = dict(self.student(self._scaling.batch(batched_inputs, self.student.device)))
             record = self._tap.take()
             outputs = {name: tap.take()[1] for name, tap in self._head_taps.items() if tap.has_record}
             student = self._student_view(batched_inputs, lambda: record, frozen=False, outputs=outputs)
@@ -169,7 +170,8 @@ class DistillationModel(nn.Module):
         """
 
         def features() -> tuple[Tensor, dict[str, Tensor]]:
-            images = self.student.preprocess_image(self._scaling.batch(batched_inputs)).tensor
+            scaled = self._scaling.batch(batched_inputs, self.student.device)
+            images = self.student.preprocess_image(scaled).tensor
             return images, self.student.backbone(images)
 
         return self._student_view(batched_inputs, features, frozen=True), self.teacher.view(batched_inputs)

@@ -54,9 +54,15 @@ def inheritable_weights(
 def _check_anchors(student: nn.Module, teacher: nn.Module, keys: Sequence[str], scale: float) -> None:
     if not any(key.startswith(("head.", "proposal_generator.")) for key in keys):
         return
-    own, given = (
-        list(getattr(side, "proposal_generator", side).anchor_generator.cell_anchors) for side in (student, teacher)
-    )
+    sides = [getattr(side, "proposal_generator", side).anchor_generator for side in (student, teacher)]
+    strides = [[round(stride / scale) for stride in sides[0].strides], list(sides[1].strides)]
+    if strides[0] != strides[1]:
+        raise DistillError(
+            f"DISTILL.STUDENT.INHERIT names a head that stands on levels of strides {strides[1]} in the teacher. The "
+            f"student's have strides {strides[0]} in pixels of the whole image, which it sees at {scale:g} the size: "
+            "shift the IN_FEATURES of its heads to finer levels, by one for each halving."
+        )
+    own, given = (list(side.cell_anchors) for side in sides)
     if any(x.shape != y.shape or not torch.allclose(x, y * scale, rtol=1e-3) for x, y in zip(own, given)):
         raise DistillError(
             f"DISTILL.STUDENT.INHERIT names a head whose anchors must be {scale:g} times the teacher's, since the "

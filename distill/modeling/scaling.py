@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -13,6 +14,20 @@ from torch import Tensor
 from ..errors import DistillError
 
 DOWNSAMPLINGS = ("bilinear", "nearest")
+
+
+def check_downsampling(mode: str, key: str) -> None:
+    """Checks a way of :func:`downsample`.
+
+    Args:
+        mode: its name.
+        key: the config key that it comes from, for the message.
+
+    Raises:
+        DistillError: there is no such way.
+    """
+    if mode not in DOWNSAMPLINGS:
+        raise DistillError(f"{key} is {mode!r}: expected one of {', '.join(DOWNSAMPLINGS)}.")
 
 
 def downsample(images: Tensor, factor: int, mode: str = "bilinear") -> Tensor:
@@ -30,8 +45,7 @@ def downsample(images: Tensor, factor: int, mode: str = "bilinear") -> Tensor:
     Raises:
         DistillError: ``mode`` is unknown.
     """
-    if mode not in DOWNSAMPLINGS:
-        raise DistillError(f"DOWNSAMPLING is {mode!r}: expected one of {', '.join(DOWNSAMPLINGS)}.")
+    check_downsampling(mode, "DOWNSAMPLING")
     if factor == 1:
         return images
     if mode == "nearest":
@@ -100,21 +114,19 @@ class Scaling:
                 f"DISTILL.STUDENT.INPUT_SCALE is {self.scale}: expected 1.0, 0.5, 0.25 or another power of 0.5: only "
                 "these shift the pyramid by whole levels."
             )
-        if self.downsampling not in DOWNSAMPLINGS:
-            raise DistillError(
-                f"DISTILL.STUDENT.DOWNSAMPLING is {self.downsampling!r}: expected one of {', '.join(DOWNSAMPLINGS)}."
-            )
+        check_downsampling(self.downsampling, "DISTILL.STUDENT.DOWNSAMPLING")
 
     @property
     def factor(self) -> int:
         """1 / scale."""
         return round(1 / self.scale)
 
-    def batch(self, batched_inputs: list[dict]) -> list[dict]:
+    def batch(self, batched_inputs: list[dict], device: torch.device | str = "cpu") -> list[dict]:
         """A batch in Detectron2's format as the scaled detector gets it: images, annotations, given proposals.
 
         Args:
             batched_inputs: the batch of whole images; it is not changed.
+            device: where the images are scaled.
 
         Returns:
             The scaled batch, whose "height" and "width" are still those of the original image.
@@ -123,7 +135,8 @@ class Scaling:
             return batched_inputs
         scaled = []
         for record in batched_inputs:
-            record = {**record, "image": downsample(record["image"], self.factor, self.downsampling)}
+            image = downsample(record["image"].to(device), self.factor, self.downsampling)
+            record = {**record, "image": image}
             for key in ("instances", "proposals"):
                 if key in record:
                     record[key] = self.instances(record[key])
@@ -193,12 +206,14 @@ def build_scaling(cfg: CfgNode) -> Scaling:
             INPUT.MIN_SIZE_TEST was left at the teacher's.
     """
     scaling = Scaling(cfg.DISTILL.STUDENT.INPUT_SCALE, cfg.DISTILL.STUDENT.DOWNSAMPLING)
-    largest = round(max(cfg.INPUT.MIN_SIZE_TRAIN) * scaling.scale)
-    if scaling.scale < 1 and largest < cfg.INPUT.MIN_SIZE_TEST:
-        raise DistillError(
-            f"INPUT.MIN_SIZE_TEST is {cfg.INPUT.MIN_SIZE_TEST}, but at DISTILL.STUDENT.INPUT_SCALE {scaling.scale} of "
-            f"INPUT.MIN_SIZE_TRAIN {tuple(cfg.INPUT.MIN_SIZE_TRAIN)} the student is trained on images of {largest} "
-            f"pixels at most. INPUT.*_TEST is the student's own size: set MIN_SIZE_TEST {largest} and MAX_SIZE_TEST "
-            f"{round(cfg.INPUT.MAX_SIZE_TRAIN * scaling.scale)}."
-        )
+    if scaling.scale < 1:
+        trained = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
+        for key, size in zip(("MIN_SIZE_TEST", "MAX_SIZE_TEST"), trained):
+            largest, own = math.ceil(size * scaling.scale), cfg.INPUT[key]
+            if size and (own > largest or own == 0):  # 0: images are not resized
+                raise DistillError(
+                    f"INPUT.{key} is {own}, but at DISTILL.STUDENT.INPUT_SCALE {scaling.scale} the student is "
+                    f"trained on images of {largest} pixels at most there. INPUT.*_TEST is the student's own size: set "
+                    f"INPUT.{key} {largest}."
+                )
     return scaling

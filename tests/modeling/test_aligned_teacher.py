@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.transforms import ResizeTransform
-from detectron2.modeling import FPN, Backbone, build_backbone, build_model
+from detectron2.modeling import FPN, build_backbone, build_model
 from detectron2.structures import Instances
 
 from distill.config import num_classes, plain_config
@@ -15,7 +15,7 @@ from distill.errors import DistillError
 from distill.modeling import AlignedBackbone, AlignedTeacher, CrossFeatureFusion, Teacher
 from distill.modeling.checkpoint import load_detector
 from distill.modeling.scaling import Scaling, downsample
-from tests.helpers import DETECTORS, NUM_CLASSES, aligned_cfg, detector_cfg, random_batch
+from tests.helpers import DETECTORS, NUM_CLASSES, aligned_cfg, averaging, detector_cfg, random_batch
 
 SIZES = [(64, 96), (61, 75)]
 THRESHOLDS = {
@@ -45,32 +45,6 @@ def give(detector, features):
     """Makes a detector's backbone return given features."""
     detector.backbone.forward = lambda images: features
     return detector
-
-
-def averaging(fpn):
-    """Makes an FPN compute averages over its cells and nothing else, so that what it sees can be located."""
-
-    class Pool(Backbone):
-        def output_shape(self):
-            return fpn_shape
-
-        def forward(self, images):
-            gray = images.mean(1, keepdim=True)
-            return {
-                name: torch.nn.functional.avg_pool2d(gray, shape.stride).expand(-1, shape.channels, -1, -1)
-                for name, shape in fpn_shape.items()
-            }
-
-    fpn_shape = fpn.bottom_up.output_shape()
-    fpn.bottom_up = Pool()
-    for name, weight in fpn.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.zeros_(weight)
-        elif "lateral" in name:
-            torch.nn.init.constant_(weight, 1 / weight.shape[1])
-        else:
-            torch.nn.init.dirac_(weight)
-    return fpn.eval().requires_grad_(False)
 
 
 def resized(record):
@@ -165,6 +139,43 @@ def test_the_three_losses_are_those_of_three_plain_detectors(kind, downsampling)
             # masks are cut out of the annotations' pixels, which half-size annotations have fewer of
             tolerance = 0.05 if name == "loss_mask_low" else 1e-4
             torch.testing.assert_close(loss, expected[name], rtol=tolerance, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_the_three_losses_of_odd_sizes_are_those_of_plain_detectors_on_the_padded_images(kind):
+    model = build(kind).train()
+    batch = random_batch(*SIZES)
+    detectors = {"high": plain(model, kind, "full").train(), "low": plain(model, kind, "half").train()}
+    images = torch.zeros(2, 3, 64, 128)  # multiples of 64
+    for image, record in zip(images, batch):
+        _, height, width = record["image"].shape
+        image[:, :height, :width] = (record["image"] - model.pixel_mean) / model.pixel_std
+    pyramids = {}
+    for (scale, detector), padded in zip(detectors.items(), (images, images[..., ::2, ::2])):
+        own = detector.backbone
+        pyramids[scale] = {name: own(padded)[name] for name in detector.head_in_features}
+    low = {name: level for name, level in zip(pyramids["high"], pyramids["low"].values())}
+    fused = {name: model.fusion(pyramids["high"][name], low[name]) for name in low}
+    expected = {}
+    for scale, factor in (("high", 1), ("low", 1), ("fused", 0.4)):
+        detector = plain(model, kind, "half" if scale == "low" else "full").train()
+        give(detector, fused if scale == "fused" else pyramids[scale])
+        inputs = Scaling(0.5).batch(batch) if scale == "low" else batch
+        expected.update({f"{name}_{scale}": factor * loss for name, loss in detector(inputs).items()})
+    losses = model(batch)
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("key", ["MODEL.FPN.OUT_CHANNELS", "MODEL.ALIGNED_TEACHER.REDUCTION"])
+def test_a_checkpoint_of_another_shape_is_refused_as_teacher_and_skipped_in_fine_tuning(tmp_path, key, caplog):
+    torch.save({"model": build("retinanet").state_dict()}, tmp_path / "teacher.pth")
+    cfg = aligned_cfg("retinanet", **{key: 24 if "FPN" in key else 4, "MODEL.WEIGHTS": str(tmp_path / "teacher.pth")})
+    with pytest.raises(DistillError, match="have another shape"):
+        load_detector(cfg, "teacher")
+    incompatible = DetectionCheckpointer(build_model(cfg)).load(cfg.MODEL.WEIGHTS)
+    assert "model" not in incompatible
 
 
 def plain_high(model, kind, **overrides):
@@ -282,12 +293,22 @@ def test_as_a_teacher_it_shows_its_fused_levels():
     backbone = model.detector.backbone
     with torch.no_grad():
         images = model.preprocess_image(batch).tensor
-        small = torch.nn.functional.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
-        expected = backbone.fused(backbone.high(images), backbone.low(small))
+        expected = backbone.fused(backbone.high(images), backbone.low(images[..., ::2, ::2]))
     assert list(view.features) == ["p3", "p4", "p5", "p6", "p7"]
     assert all(torch.equal(view.features[name], expected[name]) for name in expected)
     assert view.strides["p3"] == 8 and not view.features["p3"].requires_grad
     assert view.anchor_logits.shape[0] == 2 and view.num_classes == NUM_CLASSES == num_classes(aligned_cfg("fcos"))
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])
+def test_heads_on_the_finest_level_are_told_to_shift(kind):
+    with pytest.raises(DistillError, match="heads ask for 'p2'.*p3 to p7 of p2 to p7. Shift the IN_FEATURES"):
+        half = aligned_cfg(kind, "half")
+        half.MODEL.ALIGNED_TEACHER.META_ARCHITECTURE = half.MODEL.META_ARCHITECTURE
+        half.MODEL.META_ARCHITECTURE = "AlignedTeacher"
+        build_model(half)
+    with pytest.raises(KeyError, match="StandardRoiHeads"):  # Detectron2's own message of another mistake
+        build_model(aligned_cfg("faster_rcnn", **{"MODEL.ROI_HEADS.NAME": "StandardRoiHeads"}))
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,15 @@ def test_inference_of_teacher_full_size_and_half_size_student_on_the_same_image(
     assert both > full > half > 0
     assert all(row["min ms"] <= row["ms"] <= row["max ms"] and row["peak MiB"] > 0 for row in rows)
     assert rows[0]["/ teacher"] == 1
+
+
+def test_inference_with_a_plain_teacher(tmp_path):
+    teacher = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
+    half = {**HALF, "DISTILL.DISTILLERS": ["ReviewDistiller"]}
+    (tmp_path / "cfg.yaml").write_text(distillation_cfg(aligned_cfg("faster_rcnn", "half"), teacher, **half).dump())
+    command = ["tools/benchmark.py", "--config-file", str(tmp_path / "cfg.yaml"), "--inference", "--rounds", "1"]
+    result = run_script(*command, "--image-size", "100", "150")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all(
+        f"| {name} " in result.stdout for name in ("teacher", "student at full size", "student at 0.5 of the size")
+    )

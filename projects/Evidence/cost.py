@@ -1,0 +1,75 @@
+"""What a training step of each row costs: the rows' trainings step by step in turns, in one process."""
+
+import logging
+import statistics
+import time
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+
+from distill.data import register_datasets
+from distill.engine import Trainer
+
+logger = logging.getLogger("detectron2.evidence")
+
+WARMUP = 3
+
+
+class _Steps:
+    """A training that is taken one step at a time, with the distillers' hooks and without those that write."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        register_datasets(cfg.DATASETS.REGISTER)
+        self.trainer = Trainer(cfg)
+        self.trainer.resume_or_load(resume=False)
+        own = [hook for hook in self.trainer._hooks if type(hook).__module__.startswith("distill")]
+        self.trainer._hooks = own
+        self.trainer.iter = self.trainer.start_iter = 0
+        self.trainer.model.train()
+        with EventStorage(0) as self.trainer.storage:
+            self.trainer.before_train()
+
+    def __call__(self) -> None:
+        trainer = self.trainer
+        with trainer.storage:
+            trainer.before_step()
+            trainer.run_step()
+            trainer.after_step()
+            trainer.storage.step()
+        trainer.iter += 1
+
+
+def measure(configs: dict[str, CfgNode], rounds: int) -> dict[str, dict[str, float]]:
+    """Times the steps.
+
+    Args:
+        configs: the config of each row; the first is what the others are compared with.
+        rounds: how many steps of each count, after a few that do not.
+
+    Returns:
+        By row, ``ms`` (median) and ``ratio`` (median over the rounds of its time divided by the first row's).
+    """
+    steps = {name: _Steps(cfg) for name, cfg in configs.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    started = logged = time.perf_counter()
+    for index in range(rounds + WARMUP):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index >= WARMUP:
+                times[name].append((time.perf_counter() - begin) * 1e3)
+        if time.perf_counter() - logged > 10:
+            logged = time.perf_counter()
+            left = (logged - started) / (index + 1) * (rounds + WARMUP - 1 - index)
+            logger.info(f"round {index + 1} of {rounds + WARMUP}, {left:.0f} s left")
+    first = next(iter(times.values()))
+    return {
+        name: {
+            "ms": round(statistics.median(values), 1),
+            "ratio": round(statistics.median(own / base for own, base in zip(values, first)), 3),
+        }
+        for name, values in times.items()
+    }

@@ -1,0 +1,77 @@
+"""Plots of a suite's lines: AP over iterations, and gain against cost."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from results import costs, finished, gain, mean_and_error
+from suite import Suite
+
+
+def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
+    """AP over iterations, the mean over the seeds with a band of one standard error; the teacher as a line.
+
+    Args:
+        suite: the suite.
+        lines: its lines.
+        path: the PNG to write.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    colors = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+    for row, color in zip(suite.rows, colors):
+        runs = finished(lines, row.name)
+        if not runs:
+            continue
+        curves = [dict(map(tuple, run["curve"])) for run in runs]
+        iterations = sorted(set.intersection(*(set(curve) for curve in curves)))
+        values = np.array([[curve[iteration] for iteration in iterations] for curve in curves])
+        mean = values.mean(0)
+        style = "--" if row.name == suite.baseline else "-"
+        axis.plot(iterations, mean, style, color=color, label=row.name, marker="o", markersize=3)
+        if len(runs) > 1:
+            error = values.std(0, ddof=1) / np.sqrt(len(runs))
+            axis.fill_between(iterations, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+    for run in finished(lines, "teacher"):
+        axis.axhline(run["AP"], color="black", linewidth=1, label="teacher")
+    axis.set_xlabel("iteration")
+    axis.set_ylabel("AP")
+    axis.set_title(suite.title)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
+    """Gain in AP against the cost of a step, both relative to the baseline.
+
+    Args:
+        suite: the suite.
+        lines: its lines.
+        path: the PNG to write.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    measured = costs(lines).get("rows", {})
+    base = [run["AP"] for run in finished(lines, suite.baseline)]
+    for row in suite.rows:
+        own = [run["AP"] for run in finished(lines, row.name)]
+        if row.name not in measured or not own or not base:
+            continue
+        value, error = (0.0, mean_and_error(base)[1]) if row.name == suite.baseline else gain(own, base)
+        axis.errorbar(measured[row.name]["ratio"], value, yerr=None if np.isnan(error) else error, fmt="o", capsize=3)
+        axis.annotate(
+            row.name, (measured[row.name]["ratio"], value), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set_xlabel("cost of a step, relative to the baseline")
+    axis.set_ylabel("gain in AP")
+    axis.set_title(suite.title)
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,189 @@
+"""The runner on a suite of two steps, and the tables on lines that are made up."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from distill.errors import DistillError
+from tests.helpers import ROOT, detector_cfg, run_script
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import results  # noqa: E402
+from suite import config_hash, load_suite, run_config, suite_names  # noqa: E402
+
+
+def line(row, seed, ap, config_hash="a", status="finished", **more):
+    scores = {"AP": ap, "AP50": ap + 20, "AP75": ap, "APs": None, "APm": None}
+    where = {"device": "CPU", "detectron2": "0.6", "torch": "2", "seconds": 60.0}
+    return {"row": row, "seed": seed, "status": status, "config_hash": config_hash, **scores, **where, **more}
+
+
+def write_suite(folder, **changes):
+    """A suite of three rows on small detectors: without distillation, distilled, and one that cannot be built."""
+    scenes = {
+        "DATASETS.TRAIN": ["digit_scenes_train"],
+        "DATASETS.TEST": ["digit_scenes_val"],
+        "MODEL.RETINANET.NUM_CLASSES": 10,
+        "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],
+        "SOLVER.BASE_LR": 0.0001,
+        "INPUT.MIN_SIZE_TRAIN": [32],
+        "INPUT.MIN_SIZE_TEST": 32,
+        "DATALOADER.NUM_WORKERS": 0,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 6,
+    }
+    cfg = detector_cfg("retinanet", **scenes)
+    (folder / "small.yaml").write_text(cfg.dump())
+    small = str(folder / "small.yaml")
+    distilled = {
+        "MODEL.META_ARCHITECTURE": "DistillationModel",
+        "DISTILL.STUDENT.META_ARCHITECTURE": "RetinaNet",
+        "DISTILL.DISTILLERS": ["ImitationDistiller"],
+    }
+    content = {
+        "title": "Tiny",
+        "text": "Above.",
+        "findings": "Below.",
+        "baseline": "alone",
+        "seeds": 1,
+        "opts": {"TEST.EVAL_PERIOD": 3},
+        "teacher": {"config": small, "opts": {"SEED": 3}},
+        "rows": {
+            "broken": {"config": small, "opts": {"MODEL.FPN.FUSE_TYPE": "none"}},
+            "alone": {"config": small},
+            "imitation": {"config": small, "opts": distilled, "published": {"AP": 40.1}},
+        },
+        **changes,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(folder / "tiny.yaml")
+
+
+def test_trains_what_is_missing_records_what_failed_and_repeats_nothing(tmp_path):
+    suite = write_suite(tmp_path)
+    command = ["projects/Evidence/run.py", "--suite", suite, "--lines", str(tmp_path / "lines"), "--device", "cpu"]
+    command += ["--output", str(tmp_path / "out")]
+    result = run_script(*command, "--seeds", "5")
+    assert result.returncode == 1, result.stderr[-3000:]
+    lines = results.read_lines("tiny", tmp_path / "lines")
+    assert [(x["row"], x["seed"], x["status"]) for x in lines] == [
+        ("teacher", None, "finished"),
+        ("broken", 5, "failed"),
+        ("alone", 5, "finished"),
+        ("imitation", 5, "finished"),
+    ]
+    assert "error" in lines[1] and "AP" not in lines[1]
+    last = lines[-1]
+    assert last["suite"] == "tiny" and last["iterations"] == 6 and last["AP"] is not None
+    assert [iteration for iteration, _ in last["curve"]] == [3, 6]
+    assert last["ms_per_step"] > 0 and last["seconds"] > 0 and last["peak_mib"] > 100
+    assert {"git_commit", "detectron2", "torch", "device"} <= last.keys()
+    assert not list((tmp_path / "out" / "tiny").glob("alone*"))  # what the line says is enough
+    assert "[3/4] alone, seed 5: " in result.stdout and " in all" in result.stdout
+
+    again = run_script(*command, "--seeds", "5", "--only", "alone", "imitation")
+    assert again.returncode == 0 and "0 trainings finished, 0 failed" in again.stdout
+    # another config is another run, and so is what depends on it
+    changed = yaml.safe_load(Path(suite).read_text())
+    changed["opts"]["SOLVER.BASE_LR"] = 0.0002
+    Path(suite).write_text(yaml.safe_dump(changed, sort_keys=False))
+    again = run_script(*command, "--seeds", "5", "--only", "alone")
+    assert "1 trainings finished" in again.stdout
+    assert len(results.finished(results.read_lines("tiny", tmp_path / "lines"), "alone")) == 1
+
+    timed = run_script(*command, "--cost", "--rounds", "2")
+    assert timed.returncode != 0  # the row that cannot be built
+    changed["rows"].pop("broken")
+    Path(suite).write_text(yaml.safe_dump(changed, sort_keys=False))
+    timed = run_script(*command, "--cost", "--rounds", "2")
+    assert timed.returncode == 0, timed.stderr[-3000:]
+    cost = results.costs(results.read_lines("tiny", tmp_path / "lines"))
+    assert cost["rows"]["alone"]["ratio"] == 1 and cost["rows"]["imitation"]["ms"] > 0
+
+
+def test_a_hash_is_of_what_is_computed_not_of_where(tmp_path):
+    suite = load_suite(write_suite(tmp_path))
+    alone, imitation = suite.row("alone"), suite.row("imitation")
+    assert len({config_hash(suite, row) for row in (alone, imitation, suite.teacher)}) == 3
+    assert run_config(suite, alone, 7).SEED == 7 and run_config(suite, suite.teacher, None).SEED == 3
+    cfg = run_config(suite, imitation, 7, "there.pth")
+    assert (cfg.DISTILL.TEACHER.WEIGHTS, cfg.DISTILL.TEACHER.OPTS) == ("there.pth", ["SEED", 3])
+    other = load_suite(write_suite(tmp_path, teacher={"config": suite.teacher.config, "opts": {"SEED": 4}}))
+    assert config_hash(other, other.row("imitation")) != config_hash(suite, imitation)
+    assert config_hash(other, other.row("alone")) == config_hash(suite, alone)
+    moved = load_suite(write_suite(tmp_path, opts={"TEST.EVAL_PERIOD": 3, "OUTPUT_DIR": "elsewhere"}))
+    assert config_hash(moved, moved.row("alone")) == config_hash(suite, alone)
+
+
+def test_a_table_has_means_errors_gains_and_costs(tmp_path):
+    suite = load_suite(write_suite(tmp_path))
+    alone, imitation = [30.1, 33.5, 31.0], [36.2, 35.0, 39.1]
+    lines = [line("alone", 0, 11.0, "old"), line("teacher", None, 50.04)]
+    lines += [line("alone", seed, ap) for seed, ap in enumerate(alone)]
+    lines += [line("imitation", seed, ap) for seed, ap in enumerate(imitation)]
+    lines += [line("broken", 0, 0.0, status="failed"), line("imitation", 1, imitation[1])]
+    cost = {"row": None, "seed": None, "status": "cost", "rounds": 9, "device": "CPU"}
+    lines.append({**cost, "rows": {"alone": {"ms": 10.0, "ratio": 1.0}, "imitation": {"ms": 13.0, "ratio": 1.31}}})
+    errors = [np.std(x, ddof=1) / np.sqrt(3) for x in (alone, imitation)]
+    table = results.table(suite, lines).splitlines()
+    assert table[0] == "| row | seeds | AP | AP50 | AP75 | gain in AP | cost | published AP |"
+    assert table[2].startswith("| teacher | 1 | 50.0 | 70.0 |")
+    assert table[3] == "| broken |  |  |  |  |  |  |  |"
+    assert f"| alone | 3 | {np.mean(alone):.1f} ± {errors[0]:.1f} |" in table[4] and "|  | 1.00 |" in table[4]
+    difference = np.mean(imitation) - np.mean(alone)
+    assert f"| {difference:+.1f} ± {math.hypot(*errors):.1f} | 1.31 | 40.1 |" in table[5]
+    assert "7 trainings, 7 minutes" in results.where(suite, lines) and "9 rounds" in results.where(suite, lines)
+
+
+def test_plots_are_drawn_from_the_lines(tmp_path):
+    import plots
+
+    suite = load_suite(write_suite(tmp_path))
+    lines = [line("alone", seed, 30.0 + seed, curve=[[1, 10.0], [2, 30.0 + seed]]) for seed in range(2)]
+    lines += [line("imitation", 0, 35.0, curve=[[1, 12.0], [2, 35.0]]), line("teacher", None, 50.0, curve=[[2, 50.0]])]
+    lines.append({"row": None, "status": "cost", "rows": {"alone": {"ratio": 1.0}, "imitation": {"ratio": 1.3}}})
+    plots.plot_curves(suite, lines, tmp_path / "curves.png")
+    plots.plot_costs(suite, lines, tmp_path / "cost.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "cost.png"))
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_every_row_of_every_suite_can_be_read_and_its_lines_belong_to_it(name):
+    suite = load_suite(name)
+    lines = results.read_lines(name)
+    names = {row.name for row in (suite.teacher, *suite.rows)}
+    for row in (suite.teacher, *suite.rows):
+        counted = results.finished(lines, row.name)
+        assert {x["config_hash"] for x in counted} <= {config_hash(suite, row)}, f"{row.name}: train it again"
+    assert all(x["row"] in names or x["status"] == "cost" for x in lines)
+
+
+def test_the_document_is_what_the_lines_say():
+    assert (ROOT / "docs" / "results.md").read_text() == results.document()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"baseline": "none"}, "baseline 'none' is none of the rows"),
+        ({"extra": 1}, "the keys extra are missing or unknown"),
+    ],
+)
+def test_bad_suites_are_named(tmp_path, changes, message):
+    with pytest.raises(DistillError, match=message):
+        load_suite(write_suite(tmp_path, **changes))
+
+
+def test_unknown_rows_and_suites_are_named(tmp_path):
+    with pytest.raises(DistillError, match="There is no suite 'nothing': expected one of digits_"):
+        load_suite("nothing")
+    result = run_script("projects/Evidence/run.py", "--suite", write_suite(tmp_path), "--only", "missing")
+    assert result.returncode == 1 and "has no row missing: expected some of teacher, broken, alone" in result.stderr
+    assert json.dumps("Traceback") not in result.stderr

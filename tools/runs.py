@@ -1,0 +1,82 @@
+"""Trainings in processes of their own, for the scripts that run several."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class TrainingFailed(RuntimeError):
+    """A training ended with an error; the message is the end of its log."""
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """What Detectron2 has written to metrics.json so far.
+
+    Args:
+        folder: a run's OUTPUT_DIR.
+
+    Returns:
+        A dict for each record, oldest first.
+    """
+    path = folder / "metrics.json"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def train(
+    config: str,
+    folder: Path,
+    opts: Sequence[str],
+    on_progress: Callable[[dict], None],
+    arguments: Sequence[str] = (),
+) -> float:
+    """Trains with train_net.py, from the last checkpoint in ``folder`` if there is one.
+
+    Args:
+        config: the config file.
+        folder: its OUTPUT_DIR; the log is written to train.log there.
+        opts: overrides, ``[KEY, VALUE, ...]``.
+        on_progress: called with each new record of metrics.json that has an ``eta_seconds``.
+        arguments: further ones of train_net.py, such as ``["--num-gpus", "8"]``.
+
+    Returns:
+        The most memory that the process held, in MiB; 0 where the system does not tell.
+
+    Raises:
+        TrainingFailed: it did not end well.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "train.log"
+    command = [sys.executable, "train_net.py", "--config-file", config, "--resume", *arguments]
+    command += ["OUTPUT_DIR", str(folder), *opts]
+    shown, peak = None, 0.0
+    with log.open("a") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        while process.poll() is None:
+            time.sleep(2)
+            peak = max(peak, _peak_mib(process.pid))
+            steps = [record for record in read_metrics(folder) if "eta_seconds" in record]
+            if steps and steps[-1]["iteration"] != shown:
+                shown = steps[-1]["iteration"]
+                on_progress(steps[-1])
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        raise TrainingFailed("".join(log.read_text().splitlines(keepends=True)[-15:]))
+    return peak
+
+
+def _peak_mib(pid: int) -> float:
+    try:
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:  # no Linux, or the process has just ended
+        return 0.0
+    return int(found.group(1)) / 2**10 if found else 0.0
