@@ -1,16 +1,19 @@
 """Small detectors, random batches and files to try things on."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import Backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from PIL import Image
 
 import distill.modeling  # noqa: F401  registers its meta-architectures and backbones
 from distill import add_distill_config
@@ -149,6 +152,23 @@ def random_batch(*sizes: tuple[int, int], boxes: int = 3) -> list[dict]:
         image = torch.randint(256, (3, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch
+
+
+def write_coco(folder):
+    """Three random images in COCO format; returns the annotation file and the image folder."""
+    folder.mkdir()
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i + 1, "name": f"c{i}"} for i in range(NUM_CLASSES)],
+    }
+    for index, (height, width) in enumerate([(75, 101), (64, 64), (133, 90)], 1):
+        Image.fromarray(np.random.randint(256, size=(height, width, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        content["images"].append({"id": index, "file_name": f"{index}.png", "height": height, "width": width})
+        box = {"bbox": [8, 8, 40, 32], "area": 1280, "category_id": index, "iscrowd": 0}
+        content["annotations"].append({"id": index, "image_id": index, **box})
+    (folder / "instances.json").write_text(json.dumps(content))
+    return str(folder / "instances.json"), str(folder)
 
 
 def averaging(fpn):

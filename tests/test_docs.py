@@ -35,6 +35,11 @@ def modules(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+def test_the_methods_page_shows_the_aligned_config_as_it_is():
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert (ROOT / "configs" / "aligned" / "faster_rcnn_R50.yaml").read_text() in page
+
+
 def test_the_page_shows_two_modules(modules):
     assert modules == ["my_distiller", "more_distillers"]
 

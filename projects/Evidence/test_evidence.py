@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from distill.errors import DistillError
-from tests.helpers import ROOT, detector_cfg, run_script
+from tests.helpers import ROOT, detector_cfg, run_script, write_coco
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -27,10 +27,12 @@ def line(row, seed, ap, config_hash="a", status="finished", **more):
 
 def write_suite(folder, **changes):
     """A suite of three rows on small detectors: without distillation, distilled, and one that cannot be built."""
+    if not (folder / "data").exists():
+        write_coco(folder / "data")
     scenes = {
-        "DATASETS.TRAIN": ["digit_scenes_train"],
-        "DATASETS.TEST": ["digit_scenes_val"],
-        "MODEL.RETINANET.NUM_CLASSES": 10,
+        "DATASETS.REGISTER": [f"tiny=coco:{folder}/data/instances.json:{folder}/data"],
+        "DATASETS.TRAIN": ["tiny"],
+        "DATASETS.TEST": ["tiny"],
         "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],
         "SOLVER.BASE_LR": 0.0001,
         "INPUT.MIN_SIZE_TRAIN": [32],

@@ -3,12 +3,10 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
-from PIL import Image
 
 from distill.config import load_config, plain_config
 from distill.distillers import AlignedDistiller, Distiller
@@ -20,7 +18,6 @@ from distill.modeling.loss_weights import LossWeights
 from distill.modeling.scaling import Scaling
 from tests.helpers import (
     DETECTORS,
-    NUM_CLASSES,
     aligned_cfg,
     averaging,
     detector_cfg,
@@ -28,6 +25,7 @@ from tests.helpers import (
     random_batch,
     run_script,
     set_all,
+    write_coco,
     write_teacher,
 )
 
@@ -281,23 +279,6 @@ evaluator = COCOEvaluator("half", output_dir=output)
 found = inference_on_dataset(model, build_detection_test_loader(cfg, "half"), evaluator)["bbox"]
 print("copypaste:", ",".join(f"{value:.4f}" for value in list(found.values())[:6]))
 """
-
-
-def write_coco(folder):
-    """Three random images in COCO format; returns the annotation file and the image folder."""
-    folder.mkdir()
-    content = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": i + 1, "name": f"c{i}"} for i in range(NUM_CLASSES)],
-    }
-    for index, (height, width) in enumerate([(75, 101), (64, 64), (133, 90)], 1):
-        Image.fromarray(np.random.randint(256, size=(height, width, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-        content["images"].append({"id": index, "file_name": f"{index}.png", "height": height, "width": width})
-        box = {"bbox": [8, 8, 40, 32], "area": 1280, "category_id": index, "iscrowd": 0}
-        content["annotations"].append({"id": index, "image_id": index, **box})
-    (folder / "instances.json").write_text(json.dumps(content))
-    return str(folder / "instances.json"), str(folder)
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
