@@ -15,7 +15,7 @@ CONFIGS = sorted(
     path
     for folder in ("configs", "projects")
     for path in (ROOT / folder).rglob("*.yaml")
-    if not path.name.startswith("Base")
+    if not path.name.startswith("Base") and path.parent.name != "suites"
 )
 # folders and last words of configs without distillation
 PLAIN = {"coco", "voc", "teacher", "student"}

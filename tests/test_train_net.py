@@ -285,14 +285,14 @@ def test_a_multi_scale_teacher_and_its_half_size_student_train_on_two_processes(
     metrics = read_metrics(tmp_path / "teacher")
     assert all(metrics[f"{name}_{scale}"] > 0 for scale in ("high", "low", "fused"))
 
-    half = {"INPUT.MIN_SIZE_TEST": 46, "OUTPUT_DIR": str(tmp_path / "out"), "DISTILL.STUDENT.INPUT_SCALE": 0.5}
+    half = {"INPUT.MIN_SIZE_TEST": 46, "INPUT.MAX_SIZE_TEST": 667, "DISTILL.STUDENT.INPUT_SCALE": 0.5}
     given = {
         "DISTILL.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
         "DISTILL.TEACHER.WEIGHTS": str(tmp_path / "teacher" / "model_final.pth"),
         "DISTILL.STUDENT.INHERIT": ["backbone", *heads],
         "DISTILL.DISTILLERS": ["AlignedDistiller"],
     }
-    cfg = distillation_cfg(aligned_cfg(kind, "half", **scenes), given, **half)
+    cfg = distillation_cfg(aligned_cfg(kind, "half", **scenes), given, OUTPUT_DIR=str(tmp_path / "out"), **half)
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     result = run_script("train_net.py", "--num-gpus", "2", "--config-file", str(tmp_path / "cfg.yaml"))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]

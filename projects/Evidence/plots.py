@@ -21,7 +21,8 @@ def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
     """
     figure, axis = plt.subplots(figsize=(7, 4.5))
     colors = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
-    for row, color in zip(suite.rows, colors):
+    students = [row for row in suite.rows if row not in suite.teachers]
+    for row, color in zip(students, colors):
         runs = finished(lines, row.name)
         if not runs:
             continue
@@ -34,8 +35,9 @@ def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
         if len(runs) > 1:
             error = values.std(0, ddof=1) / np.sqrt(len(runs))
             axis.fill_between(iterations, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-    for run in finished(lines, "teacher"):
-        axis.axhline(run["AP"], color="black", linewidth=1, label="teacher")
+    for teacher in suite.teachers:
+        for run in finished(lines, teacher.name):
+            axis.axhline(run["AP"], color="black", linewidth=1, label=teacher.name)
     axis.set_xlabel("iteration")
     axis.set_ylabel("AP")
     axis.set_title(suite.title)

@@ -92,17 +92,17 @@ def table(suite: Suite, lines: list[dict]) -> str:
     """
     published = [key for row in suite.rows for key in row.published]
     published = sorted(set(published), key=published.index)
-    runs = {row.name: finished(lines, row.name) for row in (suite.teacher, *suite.rows)}
+    runs = {row.name: finished(lines, row.name) for row in suite.rows}
     metrics = [m for m in METRICS if any(run.get(m) is not None for own in runs.values() for run in own)] or ["AP"]
     ratios = costs(lines).get("rows", {})
     headers = ["row", "seeds", *metrics, "gain in AP", "cost", *(f"published {key}" for key in published)]
     table = [headers, ["---", *["---:"] * (len(headers) - 1)]]
-    base = [run["AP"] for run in runs[suite.baseline]]
-    for row in (suite.teacher, *suite.rows):
+    for row in suite.rows:
+        base = [run["AP"] for run in runs.get(row.baseline or suite.baseline, [])]
         own = runs[row.name]
         cells = [row.name, str(len(own)) if own else ""]
         cells += [_cell([run[m] for run in own if run.get(m) is not None]) for m in metrics]
-        compared = row.name not in ("teacher", suite.baseline) and own and base
+        compared = row not in suite.teachers and row.name != suite.baseline and own and base
         cells.append(_signed(*gain([run["AP"] for run in own], base)) if compared else "")
         cells.append(f"{ratios[row.name]['ratio']:.2f}" if row.name in ratios else "")
         cells += [str(row.published.get(key, "")) for key in published]
@@ -112,7 +112,7 @@ def table(suite: Suite, lines: list[dict]) -> str:
 
 def where(suite: Suite, lines: list[dict]) -> str:
     """On what the lines of a table were measured, one sentence."""
-    used = [run for row in (suite.teacher, *suite.rows) for run in finished(lines, row.name)]
+    used = [run for row in suite.rows for run in finished(lines, row.name)]
     if not used:
         return ""
     parts = []

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import detectron2
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from suite import HERE, ROOT, Row, Suite, config_hash, load_suite, run_config, suite_names
 
@@ -72,13 +73,14 @@ class Runner:
             How many trainings failed.
         """
         suite = self.suite
-        rows = [suite.row(name) for name in only] if only else [suite.teacher, *suite.rows]
+        rows = [suite.row(name) for name in only] if only else suite.rows
         todo: list[tuple[Row, int | None]] = []
-        needs_teacher = any(self._is_distilled(row) for row in rows)
-        has_teacher = self._is_finished(suite.teacher, None) and (not needs_teacher or self._teacher().exists())
-        if (needs_teacher or suite.teacher in rows) and not has_teacher:
-            todo.append((suite.teacher, None))
-        students = [row for row in rows if row is not suite.teacher]
+        needed = [suite.teacher_of(row) for row in rows if self._is_distilled(row)]
+        for teacher in suite.teachers:
+            is_there = self._is_finished(teacher, None) and (teacher not in needed or self._weights(teacher).exists())
+            if (teacher in rows or teacher in needed) and not is_there:
+                todo.append((teacher, None))
+        students = [row for row in rows if row not in suite.teachers]
         todo += [(row, seed) for seed in seeds for row in students if not self._is_finished(row, seed)]
         failed = 0
         for index, (row, seed) in enumerate(todo):
@@ -90,8 +92,8 @@ class Runner:
                 failed += 1
                 self._write(row, seed, {"status": "failed", "error": str(error).strip().splitlines()[-1]})
                 logger.error(f"{name} failed:\n{error}")
-                if row is suite.teacher:
-                    logger.error("Without the teacher no row can be distilled: these will fail, too.")
+                if row in suite.teachers:
+                    logger.error("What is to learn from it will fail, too.")
         logger.info(
             f"{suite.name}: {len(todo) - failed} trainings finished, {failed} failed; the lines are in {self.path}"
         )
@@ -107,12 +109,11 @@ class Runner:
 
         suite = self.suite
         first = suite.row(suite.baseline)
-        rows = [first, *(row for row in suite.rows if row is not first)]
+        rows = [first, *(row for row in suite.rows if row is not first and row not in suite.teachers)]
         configs = {}
         for row in rows:
-            cfg = run_config(suite, row, 0, str(self._teacher()))
-            cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = self.device, str(self.output / "cost")
-            configs[row.name] = cfg
+            configs[row.name] = self._config(row, 0)
+            configs[row.name].OUTPUT_DIR = str(self.output / "cost")
         measured = measure(configs, rounds)
         line = {"suite": suite.name, "row": None, "seed": None, "status": "cost", "rounds": rounds, "rows": measured}
         self._append({**line, **self._circumstances()})
@@ -121,8 +122,20 @@ class Runner:
         name = row.name.replace("+", "_") + ("" if seed is None else f"_{seed}")
         return self.output / self.suite.name / f"{name}_{config_hash(self.suite, row)}"
 
-    def _teacher(self) -> Path:
-        return self._folder(self.suite.teacher, None) / "model_final.pth"
+    def _config(self, row: Row, seed: int | None) -> CfgNode:
+        cfg = run_config(self.suite, row, seed, self._teacher(row))
+        cfg.MODEL.DEVICE = self.device
+        cfg.DATASETS.REGISTER = [
+            name.replace("{bccd}", find_bccd()) if "{bccd}" in name else name for name in cfg.DATASETS.REGISTER
+        ]
+        return cfg
+
+    def _weights(self, teacher: Row) -> Path:
+        return self._folder(teacher, None) / "model_final.pth"
+
+    def _teacher(self, row: Row) -> str:
+        teacher = self.suite.teacher_of(row)
+        return str(self._weights(teacher)) if teacher else ""
 
     def _is_distilled(self, row: Row) -> bool:
         return run_config(self.suite, row, 0).MODEL.META_ARCHITECTURE == "DistillationModel"
@@ -136,8 +149,7 @@ class Runner:
     def _train(self, row: Row, seed: int | None, title: str) -> None:
         folder = self._folder(row, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        cfg = run_config(self.suite, row, seed, str(self._teacher()))
-        cfg.MODEL.DEVICE = self.device
+        cfg = self._config(row, seed)
         (folder / "run.yaml").write_text(cfg.dump())
         started = time.monotonic()
 
@@ -152,7 +164,7 @@ class Runner:
         peak = train(str(folder / "run.yaml"), folder, [], show, arguments)
         self.spent.append(time.monotonic() - started)
         self._write(row, seed, {"status": "finished", **summarize(folder, peak, cfg.SOLVER.MAX_ITER)})
-        if row is not self.suite.teacher:
+        if row not in self.suite.teachers:
             shutil.rmtree(folder)  # the line has what counts
 
     def _write(self, row: Row, seed: int | None, content: dict) -> None:
@@ -201,6 +213,25 @@ def summarize(folder: Path, peak_mib: float, iterations: int) -> dict:
     }
 
 
+def find_bccd() -> str:
+    """Where the blood-cell images are.
+
+    Returns:
+        The folder with JPEGImages and Annotations.
+
+    Raises:
+        DistillError: they are nowhere.
+    """
+    folder = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "bccd"
+    for place in (folder, ROOT.parent / "shared" / "data" / "bccd"):
+        if (place / "Annotations").is_dir():
+            return str(place.resolve())
+    raise DistillError(
+        f"The BCCD images are not in {folder}: download github.com/Shenggan/BCCD_Dataset and put its folder BCCD (with "
+        "Annotations, ImageSets and JPEGImages) there, or set $DETECTRON2_DATASETS."
+    )
+
+
 def describe_device(device: str) -> str:
     """The GPU's name, or the processor's with the number of threads."""
     if device.startswith("cuda"):
@@ -220,7 +251,7 @@ def _number(value: float | None) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", metavar="NAME", help=f"{', '.join(suite_names())}, or a yaml of your own")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default as many as the suite wants")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW")
     parser.add_argument("--device", default="", help="cpu or cuda; by default a GPU where there is one")
     parser.add_argument("--num-gpus", type=int, default=1)
@@ -274,7 +305,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.suite:
         raise DistillError(f"--suite is missing: expected one of {', '.join(suite_names())}.")
     suite = load_suite(args.suite)
-    names = [row.name for row in (suite.teacher, *suite.rows)]
+    names = [row.name for row in suite.rows]
     unknown = [name for name in args.only if name not in names]
     if unknown:
         raise DistillError(
@@ -284,7 +315,7 @@ def run(args: argparse.Namespace) -> int:
     if args.cost:
         runner.cost(args.rounds)
         return 0
-    return runner.run(args.seeds, args.only)
+    return runner.run(args.seeds or list(range(suite.seeds)), args.only)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from distill.errors import DistillError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.append(str(ROOT))  # for projects.PearsonDistiller
 # what says where a run lies and on what it runs, not what it computes
 _PLACES = ("OUTPUT_DIR", "MODEL.DEVICE", "DISTILL.TEACHER.WEIGHTS", "DATALOADER.NUM_WORKERS", "DATASETS.REGISTER")
 
@@ -27,12 +29,16 @@ class Row:
         name: as in the table.
         config: the config file.
         opts: overrides, ``[KEY, VALUE, ...]``.
+        teacher: name of the row that it learns from; empty for the suite's, if there is one.
+        baseline: name of the row that it is compared with; empty for the suite's.
         published: metrics from the paper, by name.
     """
 
     name: str
     config: str
     opts: tuple
+    teacher: str
+    baseline: str
     published: dict
 
 
@@ -43,26 +49,37 @@ class Suite:
     Args:
         name: the file's name.
         title: of the table.
-        teacher: trained once; its seed is in its config.
-        baseline: name of the row that the others are compared with.
-        rows: the students.
-        seeds: how many each row is to have.
+        teacher: name of the row that the distilled ones learn from; empty where their configs name a teacher.
+        baseline: name of the row that the others are compared with; empty where rows name their own.
+        seeds: how many each student is to have.
         text: what stands above the table in docs/results.md.
         findings: what stands below it.
+        rows: the rows. Teachers are trained once, by the seed in their configs.
     """
 
     name: str
     title: str
-    teacher: Row
+    teacher: str
     baseline: str
-    rows: tuple[Row, ...]
     seeds: int
     text: str
     findings: str
+    rows: tuple[Row, ...]
+
+    @property
+    def teachers(self) -> list[Row]:
+        """The rows that others learn from."""
+        names = {self.teacher, *(row.teacher for row in self.rows)}
+        return [row for row in self.rows if row.name in names]
 
     def row(self, name: str) -> Row:
-        """The row of a name, the teacher's among them."""
-        return next(row for row in (self.teacher, *self.rows) if row.name == name)
+        """The row of a name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def teacher_of(self, row: Row) -> Row | None:
+        """What a row learns from, if it is one of the rows."""
+        name = row.teacher or self.teacher
+        return self.row(name) if name and row not in self.teachers else None
 
 
 def load_suite(name: str) -> Suite:
@@ -75,30 +92,37 @@ def load_suite(name: str) -> Suite:
         The suite.
 
     Raises:
-        DistillError: there is no such suite, or one of its keys is unknown or missing.
+        DistillError: there is no such suite, one of its keys is unknown or missing, or it names a row that is not.
     """
     path = Path(name) if name.endswith(".yaml") else HERE / "suites" / f"{name}.yaml"
     if not path.is_file():
         raise DistillError(f"There is no suite {name!r}: expected one of {', '.join(suite_names())}.")
     content = yaml.safe_load(path.read_text())
-    known = {"title", "teacher", "baseline", "opts", "rows", "seeds", "text", "findings"}
-    wrong = sorted(known ^ content.keys())
+    needed = {"title", "teacher", "baseline", "opts", "rows", "seeds", "text", "findings"}
+    _check_keys(content, needed, set(), str(path))
+    rows = {}
+    for key, given in content["rows"].items():
+        _check_keys(given, {"config"}, {"opts", "teacher", "baseline", "published"}, f"{path}, row {key}")
+        teaches = key in {content["teacher"], *(row.get("teacher") for row in content["rows"].values())}
+        opts = {**({} if teaches else content["opts"]), **given.get("opts", {})}  # the suite's are the students'
+        flat = tuple(item for pair in opts.items() for item in pair)
+        names = given.get("teacher", ""), given.get("baseline", "")
+        rows[key] = Row(key, given["config"], flat, *names, given.get("published", {}))
+        for role, other in zip(("teacher", "baseline"), names):
+            if other and other not in content["rows"]:
+                raise DistillError(f"{path}: row {key} names the {role} {other!r}, which is none of the rows.")
+    for role in ("teacher", "baseline"):
+        if content[role] and content[role] not in rows:
+            raise DistillError(f"{path}: the {role} {content[role]!r} is none of the rows.")
+    keys = ("title", "teacher", "baseline", "seeds", "text", "findings")
+    return Suite(name=path.stem, rows=tuple(rows.values()), **{key: content[key] for key in keys})
+
+
+def _check_keys(content: dict, needed: set[str], allowed: set[str], where: str) -> None:
+    wrong = sorted((content.keys() - needed - allowed) | (needed - content.keys()))
     if wrong:
-        raise DistillError(
-            f"{path}: the keys {', '.join(wrong)} are missing or unknown; expected {', '.join(sorted(known))}."
-        )
-
-    def row(name: str, given: dict, opts: dict) -> Row:
-        opts = {**opts, **given.get("opts", {})}
-        flat = tuple(item for key, value in opts.items() for item in (key, value))
-        return Row(name, given["config"], flat, given.get("published", {}))
-
-    rows = tuple(row(key, given, content["opts"]) for key, given in content["rows"].items())
-    teacher = row("teacher", content["teacher"], {})
-    if content["baseline"] not in [x.name for x in rows]:
-        raise DistillError(f"{path}: the baseline {content['baseline']!r} is none of the rows.")
-    keys = ("title", "baseline", "seeds", "text", "findings")
-    return Suite(name=path.stem, teacher=teacher, rows=rows, **{key: content[key] for key in keys})
+        expected = ", ".join(sorted(needed | allowed))
+        raise DistillError(f"{where}: the keys {', '.join(wrong)} are missing or unknown; expected {expected}.")
 
 
 def suite_names() -> list[str]:
@@ -113,8 +137,8 @@ def run_config(suite: Suite, row: Row, seed: int | None, teacher_weights: str = 
 
     Args:
         suite: the suite.
-        row: one of its rows, or its teacher.
-        seed: None for the teacher, whose config has one.
+        row: one of its rows.
+        seed: None for a teacher, whose config has one.
         teacher_weights: where the teacher lies, for a distilled row.
 
     Returns:
@@ -123,8 +147,8 @@ def run_config(suite: Suite, row: Row, seed: int | None, teacher_weights: str = 
     cfg = load_config(str(ROOT / row.config), list(row.opts))
     if seed is not None:
         cfg.SEED = seed
-    if cfg.MODEL.META_ARCHITECTURE == "DistillationModel":
-        teacher = suite.teacher
+    teacher = suite.teacher_of(row)
+    if cfg.MODEL.META_ARCHITECTURE == "DistillationModel" and teacher:
         cfg.DISTILL.TEACHER.CONFIG_FILE = teacher.config
         cfg.DISTILL.TEACHER.OPTS = list(teacher.opts)
         cfg.DISTILL.TEACHER.WEIGHTS = teacher_weights
@@ -137,19 +161,20 @@ def config_hash(suite: Suite, row: Row) -> str:
 
     Args:
         suite: the suite.
-        row: one of its rows, or its teacher.
+        row: one of its rows.
 
     Returns:
         Twelve hexadecimal digits, the same for all seeds, devices and places.
     """
     defaults = get_cfg()
     add_distill_config(defaults)
-    cfg = run_config(suite, row, seed=None if row is suite.teacher else 0)
+    cfg = run_config(suite, row, seed=None if row in suite.teachers else 0)
     keys = {key: value for key, value in _flat(cfg).items() if key not in _PLACES}
     default = _flat(defaults)
     changed: dict[str, Any] = {k: v for k, v in keys.items() if k not in default or default[k] != v}
-    if cfg.MODEL.META_ARCHITECTURE == "DistillationModel":
-        changed["teacher"] = config_hash(suite, suite.teacher)
+    teacher = suite.teacher_of(row)
+    if cfg.MODEL.META_ARCHITECTURE == "DistillationModel" and teacher:
+        changed["teacher"] = config_hash(suite, teacher)
     return hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
