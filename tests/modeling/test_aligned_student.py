@@ -121,6 +121,20 @@ def test_the_student_starts_from_all_of_the_teachers_weights(tmp_path, kind):
     assert all(torch.equal(value, given[name]) for name, value in own.items())
 
 
+def test_a_shallower_student_pads_to_half_of_what_the_teacher_pads_to(tmp_path):
+    small = {
+        "MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone",
+        "MODEL.TORCHVISION.NAME": "resnet18",
+        "MODEL.TORCHVISION.OUT_FEATURES": ["layer1", "layer2", "layer3"],
+    }
+    model = build_model(pair_cfg(tmp_path, "retinanet", **small))
+    assert (model.student.backbone.size_divisibility, model.teacher.model.backbone.size_divisibility) == (16, 64)
+    with model._same_padding():
+        student, teacher = model.frozen_views(random_batch((61, 75)))
+        assert student.images.shape[2:] == (32, 64) and teacher.images.shape[2:] == (64, 128)
+        assert all(student.features[x].shape == teacher.features[x].shape for x in teacher.features)
+
+
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "faster_rcnn"])
 def test_heads_on_levels_that_do_not_lie_on_the_teachers_are_not_inherited(tmp_path, kind):
     unshifted = ["p3", "p4", "p5", "p6", "p7"] if kind != "faster_rcnn" else ["p2", "p3", "p4", "p5", "p6"]
