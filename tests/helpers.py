@@ -197,7 +197,7 @@ def averaging(fpn):
     return fpn.eval().requires_grad_(False)
 
 
-def run_script(*args: str, cwd: Path = ROOT, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+def run_script(*args: str, cwd: Path = ROOT, timeout: int = 1200, **env: str) -> subprocess.CompletedProcess:
     """Runs a script of the project as a user does, with one thread."""
     return subprocess.run(
         [sys.executable, *args],

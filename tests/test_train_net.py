@@ -234,11 +234,11 @@ def test_trains_and_evaluates_on_bccd(tmp_path):
     register = [f"bccd_train=voc:{root}:trainval", f"bccd_test=voc:{root}:test"]
     datasets = {"DATASETS.REGISTER": register, "DATASETS.TRAIN": ["bccd_train"], "DATASETS.TEST": ["bccd_test"]}
     arguments = real_data_arguments(tmp_path, "faster_rcnn", **datasets, **{"MODEL.ROI_HEADS.NUM_CLASSES": 3})
-    result = run_script("train_net.py", *arguments, timeout=500)
+    result = run_script("train_net.py", *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     record = read_metrics(tmp_path / "out")
     assert 0 <= record["bbox/AP50"] <= 100 and record["loss_review"] > 0
-    teacher = run_script("train_net.py", *arguments, "--eval-only", "--eval-teacher", timeout=500)
+    teacher = run_script("train_net.py", *arguments, "--eval-only", "--eval-teacher")
     assert teacher.returncode == 0 and "Evaluating bccd_test using 2012 metric" in teacher.stdout, teacher.stderr[
         -3000:
     ]
@@ -256,7 +256,7 @@ def test_trains_and_evaluates_mask_rcnn_on_coco_mini_and_evaluates_the_checkpoin
         "INPUT.MASK_FORMAT": "polygon",
     }
     arguments = real_data_arguments(tmp_path, "mask_rcnn", **datasets)
-    result = run_script("train_net.py", *arguments, timeout=500)
+    result = run_script("train_net.py", *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     trained = read_metrics(tmp_path / "out")
     assert {"bbox/AP", "segm/AP", "loss_mask", "loss_review"} <= trained.keys()
@@ -265,7 +265,7 @@ def test_trains_and_evaluates_mask_rcnn_on_coco_mini_and_evaluates_the_checkpoin
     # the teacher is gone: evaluating a student does not need it
     (tmp_path / "teacher.pth").unlink()
     (tmp_path / "teacher.yaml").unlink()
-    results = run_script("train_net.py", "--eval-only", "--config-file", config, "MODEL.WEIGHTS", weights, timeout=500)
+    results = run_script("train_net.py", "--eval-only", "--config-file", config, "MODEL.WEIGHTS", weights)
     assert results.returncode == 0, results.stderr[-3000:]
     copied = [line for line in results.stdout.splitlines() if "copypaste: " in line and "," in line]
     values = [[float(v) for v in line.rsplit(" ", 1)[1].split(",")] for line in copied if "AP" not in line]

@@ -20,12 +20,12 @@ from ..errors import DistillError
 from .backbones import freeze_unused_levels
 from .fusion import CrossFeatureFusion
 from .scaling import check_downsampling, downsample
-from .state_names import rename_state
+from .wrapper import Wrapper, rename_state
 
 SCALES = ("high", "low", "fused")
 
 
-class AlignedBackbone(Backbone):
+class AlignedBackbone(Wrapper, Backbone):
     """An FPN that fuses the pyramid of an image with that of the image at half its size.
 
     A level of the image, of stride s, is fused with the level of the half-size image whose own stride is s / 2: P3 with
@@ -41,6 +41,8 @@ class AlignedBackbone(Backbone):
     Raises:
         DistillError: the backbone is no FPN of two levels or more, or an argument is unknown.
     """
+
+    wrapped = "fpn"  # checkpointers look weights up by their names in the state dict
 
     def __init__(self, fpn: FPN, fusion: nn.Module, downsampling: str = "nearest", scale: str = "fused") -> None:
         super().__init__()
@@ -69,14 +71,6 @@ class AlignedBackbone(Backbone):
         self._low_levels = dict(zip(self._out_features, shape))  # each level's finer neighbour
         self._size_divisibility = 2 * fpn.size_divisibility
         self._served: dict[str, Tensor] | None = None
-
-    def __getattr__(self, name: str) -> Any:  # checkpointers look weights up by their names in the state dict
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "fpn":
-                raise
-            return getattr(self.fpn, name)
 
     @property
     def size_divisibility(self) -> int:
@@ -175,7 +169,7 @@ def build_aligned_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AlignedBackb
 
 
 @META_ARCH_REGISTRY.register()
-class AlignedTeacher(nn.Module):
+class AlignedTeacher(Wrapper):
     """A detector that is trained at full scale, at half scale and on a fusion of both, with one set of weights.
 
     To the outside it is the detector: its state dict has the detector's own keys, besides those under ``fusion.``, and
@@ -188,6 +182,8 @@ class AlignedTeacher(nn.Module):
     Raises:
         DistillError: the detector has another backbone.
     """
+
+    wrapped = "detector"
 
     @configurable
     def __init__(self, *, detector: nn.Module, fused_loss_weight: float = 0.4) -> None:
@@ -229,14 +225,6 @@ class AlignedTeacher(nn.Module):
     def fusion(self) -> nn.Module:
         """The module that fuses two aligned maps."""
         return self.detector.backbone.fusion
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "detector":
-                raise
-            return getattr(self.detector, name)
 
     def forward(self, batched_inputs: list[dict]) -> Any:
         """

@@ -20,15 +20,15 @@ from .checkpoint import describe_weights
 from .inherit import inheritable_weights
 from .loss_weights import LossWeights
 from .scaling import Scaling, build_scaling
-from .state_names import rename_state
 from .teacher import Teacher, build_teacher, check_detector
 from .views import DetectorView, FeatureTap
+from .wrapper import Wrapper, rename_state
 
 logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
-class DistillationModel(nn.Module):
+class DistillationModel(Wrapper):
     """Owns the student and the distillers, holds the teacher, runs all three and adds up the losses.
 
     To the outside it is the student: its state dict has the student's own keys (besides those under
@@ -47,6 +47,8 @@ class DistillationModel(nn.Module):
         DistillError: student or teacher is not a detector that can be distilled, or a weight to be inherited does
             not fit.
     """
+
+    wrapped = "student"
 
     @configurable
     def __init__(
@@ -111,14 +113,6 @@ class DistillationModel(nn.Module):
             ),
             "scaling": scaling,
         }
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "student":
-                raise
-            return getattr(self.student, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModel":
         self.teacher.model._apply(fn)

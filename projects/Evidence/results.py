@@ -5,7 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
-from suite import HERE, ROOT, Row, Suite, load_suite, suite_names
+from suite import HERE, ROOT, Suite, load_suite, suite_names
 
 DOCUMENT = ROOT / "docs" / "results.md"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
@@ -139,25 +139,20 @@ def document() -> str:
     return "\n".join(parts)
 
 
-def missing(suite: Suite, row: Row, seeds: list[int], lines: list[dict], config_hash: str) -> list[int]:
-    """The seeds of a row that are still to be trained.
+def is_finished(lines: list[dict], row: str, seed: int | None, config_hash: str) -> bool:
+    """Whether a training need not be repeated.
 
     Args:
-        suite: the suite.
-        row: one of its rows.
-        seeds: those that are wanted.
-        lines: of the suite.
+        lines: of one suite, also those of costs, which have no config hash.
+        row: name of the row.
+        seed: of the training.
         config_hash: of the row as it is now.
 
     Returns:
-        Those without a finished line of this very config.
+        Whether there is a finished line of this very config.
     """
-    done = {
-        line["seed"]
-        for line in lines
-        if (line["row"], line["status"], line["config_hash"]) == (row.name, "finished", config_hash)
-    }
-    return [seed for seed in seeds if seed not in done]
+    wanted = (row, seed, "finished", config_hash)
+    return any((line["row"], line["seed"], line["status"], line.get("config_hash")) == wanted for line in lines)
 
 
 def _cell(values: list[float]) -> str:

@@ -30,6 +30,7 @@ import detectron2
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
+from results import DOCUMENT, METRICS, costs, document, finished, is_finished, read_lines
 from suite import HERE, ROOT, Row, Suite, config_hash, load_suite, run_config, suite_names
 
 from distill.errors import DistillError
@@ -38,8 +39,6 @@ sys.path.append(str(ROOT / "tools"))
 from runs import TrainingFailed, read_metrics, train
 
 logger = logging.getLogger("detectron2.evidence")
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 
 
 class Runner:
@@ -141,10 +140,8 @@ class Runner:
         return run_config(self.suite, row, 0).MODEL.META_ARCHITECTURE == "DistillationModel"
 
     def _is_finished(self, row: Row, seed: int | None) -> bool:
-        from results import missing, read_lines
-
         lines = read_lines(self.suite.name, self.path.parent)
-        return not missing(self.suite, row, [seed], lines, config_hash(self.suite, row))
+        return is_finished(lines, row.name, seed, config_hash(self.suite, row))
 
     def _train(self, row: Row, seed: int | None, title: str) -> None:
         folder = self._folder(row, seed)
@@ -196,9 +193,14 @@ def summarize(folder: Path, peak_mib: float, iterations: int) -> dict:
 
     Returns:
         The metrics of the end, AP over iterations, and what the training took.
+
+    Raises:
+        TrainingFailed: there was no evaluation.
     """
     records = read_metrics(folder)
     scores = sorted((x for x in records if "bbox/AP" in x), key=lambda record: record["iteration"])
+    if not scores:
+        raise TrainingFailed(f"{folder}/metrics.json has no bbox/AP: expected DATASETS.TEST to name a data set.")
     last = scores[-1]
     times = [record["time"] for record in records if "time" in record] or [0.0]  # none for less than four steps
     on_gpu = re.findall(r"max_mem: (\d+)M", (folder / "log.txt").read_text())
@@ -285,8 +287,7 @@ def run(args: argparse.Namespace) -> int:
         DistillError: a row or a suite is unknown.
     """
     if args.plot:
-        from plots import plot_costs, plot_curves
-        from results import costs, finished, read_lines
+        from plots import plot_costs, plot_curves  # matplotlib is needed for nothing else
 
         for name in [args.suite] if args.suite else suite_names():
             suite, lines = load_suite(name), read_lines(name)
@@ -295,8 +296,6 @@ def run(args: argparse.Namespace) -> int:
             if costs(lines):
                 plot_costs(suite, lines, ROOT / "docs" / "images" / f"{name}_cost.png")
     if args.table:
-        from results import DOCUMENT, document
-
         text = document()
         DOCUMENT.write_text(text)
         print(text)

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import results  # noqa: E402
+from run import TrainingFailed, summarize  # noqa: E402
 from suite import config_hash, load_suite, run_config, suite_names  # noqa: E402
 
 
@@ -107,6 +108,14 @@ def test_trains_what_is_missing_records_what_failed_and_repeats_nothing(tmp_path
     assert timed.returncode == 0, timed.stderr[-3000:]
     cost = results.costs(results.read_lines("tiny", tmp_path / "lines"))
     assert cost["rows"]["alone"]["ratio"] == 1 and cost["rows"]["imitation"]["ms"] > 0
+    again = run_script(*command, "--seeds", "5", "--only", "alone")
+    assert again.returncode == 0 and "0 trainings finished, 0 failed" in again.stdout
+
+
+def test_a_run_without_an_evaluation_failed(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({"iteration": 0, "total_loss": 1.0}) + "\n")
+    with pytest.raises(TrainingFailed, match="has no bbox/AP"):
+        summarize(tmp_path, 100.0, 1)
 
 
 def test_a_hash_is_of_what_is_computed_not_of_where(tmp_path):

@@ -1,10 +1,24 @@
-"""State dicts whose names do not show how a model is wrapped."""
+"""Modules that wrap another one and do not show it: in their attributes, and in the names of their state dict."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
+
+
+class Wrapper(nn.Module):
+    """A module whose attributes, where it has none of its own, are those of the module that it wraps."""
+
+    wrapped: ClassVar[str]  # the name of that module in this one
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self.wrapped:
+                raise
+            return getattr(getattr(self, self.wrapped), name)
 
 
 def rename_state(module: nn.Module, prefixes: Sequence[tuple[str, str]]) -> None:
