@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from distill.errors import DistillError
@@ -16,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import results  # noqa: E402
+from features import describe  # noqa: E402
 from run import TrainingFailed, summarize  # noqa: E402
 from suite import config_hash, load_suite, run_config, suite_names  # noqa: E402
 
@@ -165,6 +167,20 @@ def test_plots_are_drawn_from_the_lines(tmp_path):
     plots.plot_curves(suite, lines, tmp_path / "curves.png")
     plots.plot_costs(suite, lines, tmp_path / "cost.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "cost.png"))
+
+
+def test_where_features_vary_is_what_a_literal_computation_says():
+    features, inside = (
+        torch.randn(2, 3, 4, 5) * torch.tensor([1.0, 4.0, 0.5])[:, None, None] + 7,
+        torch.rand(2, 4, 5) > 0.6,
+    )
+    cells = {True: [], False: []}
+    for n, y, x in np.ndindex(2, 4, 5):
+        cells[inside[n, y, x].item()].append(features[n, :, y, x].double().numpy())
+    mean = np.mean(cells[True] + cells[False], axis=0)
+    values = np.linalg.svd(np.array(cells[True] + cells[False]) - mean, compute_uv=False) ** 2
+    expected = [np.mean((np.array(cells[side]) - mean) ** 2) for side in (True, False)] + [values[0] / values.sum()]
+    assert describe(features, inside) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", suite_names())
