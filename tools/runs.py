@@ -1,5 +1,6 @@
 """Trainings in processes of their own, for the scripts that run several."""
 
+import fcntl
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class TrainingFailed(RuntimeError):
-    """A training ended with an error; the message is the end of its log."""
+    """A training ended with an error; the message is the end of its log, and its exit status."""
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -48,15 +49,20 @@ def train(
         The most memory that the process held, in MiB; 0 where the system does not tell.
 
     Raises:
-        TrainingFailed: it did not end well.
+        TrainingFailed: it did not end well, or another process trains in this folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "train.log"
     command = [sys.executable, "train_net.py", "--config-file", config, "--resume", *arguments]
     command += ["OUTPUT_DIR", str(folder), *opts]
     shown, peak = None, 0.0
-    with log.open("a") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+    with (folder / "lock").open("w") as lock, log.open("a") as stream:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingFailed(f"Another process trains in {folder}: wait for it, or end it.") from error
+        # the training holds the lock, too, and keeps it should this process be killed
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
     try:
         while process.poll() is None:
             time.sleep(2)
@@ -70,7 +76,8 @@ def train(
             process.terminate()
             process.wait()
     if process.returncode:
-        raise TrainingFailed("".join(log.read_text().splitlines(keepends=True)[-15:]))
+        end = log.read_text().splitlines()[-15:]
+        raise TrainingFailed("\n".join([*end, f"train_net.py ended with exit status {process.returncode}"]))
     return peak
 
 

@@ -40,15 +40,16 @@ class _Steps:
         trainer.iter += 1
 
 
-def measure(configs: dict[str, CfgNode], rounds: int) -> dict[str, dict[str, float]]:
+def measure(configs: dict[str, CfgNode], baselines: dict[str, str], rounds: int) -> dict[str, dict]:
     """Times the steps.
 
     Args:
-        configs: the config of each row; the first is what the others are compared with.
+        configs: the config of each row.
+        baselines: by row, the one that it is compared with, or itself.
         rounds: how many steps of each count, after a few that do not.
 
     Returns:
-        By row, ``ms`` (median) and ``ratio`` (median over the rounds of its time divided by the first row's).
+        By row, ``ms`` (median) and ``ratio`` (median over the rounds of its time divided by its baseline's).
     """
     steps = {name: _Steps(cfg) for name, cfg in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -65,11 +66,10 @@ def measure(configs: dict[str, CfgNode], rounds: int) -> dict[str, dict[str, flo
             logged = time.perf_counter()
             left = (logged - started) / (index + 1) * (rounds + WARMUP - 1 - index)
             logger.info(f"round {index + 1} of {rounds + WARMUP}, {left:.0f} s left")
-    first = next(iter(times.values()))
     return {
         name: {
             "ms": round(statistics.median(values), 1),
-            "ratio": round(statistics.median(own / base for own, base in zip(values, first)), 3),
+            "ratio": round(statistics.median(own / base for own, base in zip(values, times[baselines[name]])), 3),
         }
         for name, values in times.items()
     }

@@ -11,6 +11,7 @@ import argparse
 
 import torch
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import Tensor
@@ -55,7 +56,7 @@ def main() -> None:
     cfg = student_config(load_config(args.config_file, args.opts))
     register_datasets(cfg.DATASETS.REGISTER)
     model = load_detector(cfg, "detector").eval()
-    mapper = DatasetMapper(cfg, is_train=True, augmentations=[])
+    mapper = DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)[: args.images]
     inputs = [mapper(record) for record in records]
     boxes = [x["instances"].gt_boxes.tensor for x in inputs]

@@ -1,5 +1,6 @@
 """Plots of a suite's lines: AP over iterations, and gain against cost."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -20,10 +21,10 @@ def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
         path: the PNG to write.
     """
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    colors = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+    colors = itertools.cycle(plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors)
     students = [row for row in suite.rows if row not in suite.teachers]
     for row, color in zip(students, colors):
-        runs = finished(lines, row.name)
+        runs = finished(suite, row, lines)
         if not runs:
             continue
         curves = [dict(map(tuple, run["curve"])) for run in runs]
@@ -36,7 +37,7 @@ def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
             error = values.std(0, ddof=1) / np.sqrt(len(runs))
             axis.fill_between(iterations, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
     for teacher in suite.teachers:
-        for run in finished(lines, teacher.name):
+        for run in finished(suite, teacher, lines):
             axis.axhline(run["AP"], color="black", linewidth=1, label=teacher.name)
     axis.set_xlabel("iteration")
     axis.set_ylabel("AP")
@@ -54,17 +55,14 @@ def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
         path: the PNG to write.
     """
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    measured = costs(lines).get("rows", {})
-    base = [run["AP"] for run in finished(lines, suite.baseline)]
-    for row in suite.rows:
-        own = [run["AP"] for run in finished(lines, row.name)]
-        if row.name not in measured or not own or not base:
+    for name, ratio in costs(suite, lines).items():
+        row = suite.row(name)
+        own, base = ([x["AP"] for x in finished(suite, x, lines)] for x in (row, suite.baseline_of(row) or row))
+        if not own or not base:
             continue
-        value, error = (0.0, mean_and_error(base)[1]) if row.name == suite.baseline else gain(own, base)
-        axis.errorbar(measured[row.name]["ratio"], value, yerr=None if np.isnan(error) else error, fmt="o", capsize=3)
-        axis.annotate(
-            row.name, (measured[row.name]["ratio"], value), xytext=(5, 4), textcoords="offset points", fontsize=8
-        )
+        value, error = gain(own, base) if suite.baseline_of(row) else (0.0, mean_and_error(own)[1])
+        axis.errorbar(ratio, value, yerr=None if np.isnan(error) else error, fmt="o", capsize=3)
+        axis.annotate(name, (ratio, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.set_xlabel("cost of a step, relative to the baseline")
     axis.set_ylabel("gain in AP")

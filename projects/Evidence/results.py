@@ -5,21 +5,25 @@ import math
 import statistics
 from pathlib import Path
 
-from suite import HERE, ROOT, Suite, load_suite, suite_names
+from suite import HERE, ROOT, Row, Suite, config_hash, load_suite, suite_names
 
+from distill.errors import DistillError
+
+LINES = HERE / "results"
 DOCUMENT = ROOT / "docs" / "results.md"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 HEAD = """# Results
 
 Written by `python projects/Evidence/run.py --table` from the lines of `projects/Evidence/results/` and the texts of
-`projects/Evidence/suites/`. A cell is the mean over the seeds ± its standard error (sample deviation / √n). The gain is
-the difference to the baseline's mean, its error the root of the sum of both errors' squares. The cost is that of a
-training step relative to the baseline's: median of steps that were run in turns in one process. Empty cells were not
-run.
+`projects/Evidence/suites/`. A cell is the mean over the seeds ± its standard error (sample deviation / √n); without ±
+it is a single run. The gain is the difference to the baseline's mean, its error the root of the sum of both errors'
+squares. All students of a table have the same teacher: no error tells what another one would change. The cost is that
+of a training step relative to the baseline's, the median of steps that were run in turns in one process, without what
+is done once in many steps (evaluation, measuring gradients, the search for prototypes). Empty cells were not run.
 """
 
 
-def read_lines(suite: str, folder: Path = HERE / "results") -> list[dict]:
+def read_lines(suite: str, folder: Path = LINES) -> list[dict]:
     """The lines of a suite, oldest first.
 
     Args:
@@ -28,24 +32,50 @@ def read_lines(suite: str, folder: Path = HERE / "results") -> list[dict]:
 
     Returns:
         A dict for each line.
+
+    Raises:
+        DistillError: a line is no JSON.
     """
     path = folder / f"{suite}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise DistillError(f"{path}, line {number} is not JSON: remove it, and run the suite again.") from error
+    return lines
 
 
-def finished(lines: list[dict], row: str) -> list[dict]:
-    """The runs of a row that count: of those that ended well, those of its latest config, the latest of each seed.
+def finished(suite: Suite, row: Row, lines: list[dict]) -> list[dict]:
+    """The runs of a row that count: those of its config as it is now, and of the seeds that its suite wants.
 
     Args:
-        lines: of one suite.
-        row: name of the row.
+        suite: the suite.
+        row: one of its rows.
+        lines: of the suite.
 
     Returns:
-        Lines by seed.
+        Lines by seed, the latest of each.
     """
-    own = [line for line in lines if line["row"] == row and line["status"] == "finished"]
-    latest = {line["seed"]: line for line in own if line["config_hash"] == own[-1]["config_hash"]}
-    return [latest[seed] for seed in sorted(latest, key=lambda seed: -1 if seed is None else seed)]
+    ended = _ended(suite, row, lines)
+    return [line for line in ended.values() if line["status"] == "finished" and _counts(suite, line["seed"])]
+
+
+def is_finished(suite: Suite, row: Row, seed: int | None, lines: list[dict]) -> bool:
+    """Whether a training need not be repeated: there is a finished line of this very config, of any seed."""
+    return _ended(suite, row, lines).get(seed, {}).get("status") == "finished"
+
+
+def _ended(suite: Suite, row: Row, lines: list[dict]) -> dict[int | None, dict]:
+    """The line of each seed: the latest that finished, or else the latest that failed."""
+    own = [x for x in lines if x["row"] == row.name and x.get("config_hash") == config_hash(suite, row)]
+    own.sort(key=lambda line: line["status"] == "finished")  # stable
+    latest = {line["seed"]: line for line in own}
+    return {seed: latest[seed] for seed in sorted(latest, key=lambda seed: -1 if seed is None else seed)}
+
+
+def _counts(suite: Suite, seed: int | None) -> bool:
+    return seed is None or seed < suite.seeds
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -75,8 +105,31 @@ def gain(own: list[float], baseline: list[float]) -> tuple[float, float]:
     return mean - base, math.hypot(error, base_error)
 
 
-def costs(lines: list[dict]) -> dict:
-    """The latest measurement of the costs: a line with ``rows`` and ``device``, or an empty dict."""
+def costs(suite: Suite, lines: list[dict]) -> dict[str, float]:
+    """What a step costs, relative to one of the baseline.
+
+    Args:
+        suite: the suite.
+        lines: its lines.
+
+    Returns:
+        Ratios by row, from the latest measurement; without rows of which, or of whose baseline, the config is another
+        by now.
+    """
+    measured = cost_line(lines).get("rows", {})
+
+    def is_current(row: Row) -> bool:
+        return measured.get(row.name, {}).get("config_hash") == config_hash(suite, row)
+
+    return {
+        row.name: measured[row.name]["ratio"]
+        for row in suite.rows
+        if is_current(row) and is_current(suite.baseline_of(row) or row)
+    }
+
+
+def cost_line(lines: list[dict]) -> dict:
+    """The latest measurement of the costs, or an empty dict."""
     return next((line for line in reversed(lines) if line["status"] == "cost"), {})
 
 
@@ -92,19 +145,22 @@ def table(suite: Suite, lines: list[dict]) -> str:
     """
     published = [key for row in suite.rows for key in row.published]
     published = sorted(set(published), key=published.index)
-    runs = {row.name: finished(lines, row.name) for row in suite.rows}
+    runs = {row.name: finished(suite, row, lines) for row in suite.rows}
     metrics = [m for m in METRICS if any(run.get(m) is not None for own in runs.values() for run in own)] or ["AP"]
-    ratios = costs(lines).get("rows", {})
+    ratios = costs(suite, lines)
     headers = ["row", "seeds", *metrics, "gain in AP", "cost", *(f"published {key}" for key in published)]
     table = [headers, ["---", *["---:"] * (len(headers) - 1)]]
     for row in suite.rows:
-        base = [run["AP"] for run in runs.get(row.baseline or suite.baseline, [])]
-        own = runs[row.name]
-        cells = [row.name, str(len(own)) if own else ""]
-        cells += [_cell([run[m] for run in own if run.get(m) is not None]) for m in metrics]
-        compared = row not in suite.teachers and row.name != suite.baseline and own and base
-        cells.append(_signed(*gain([run["AP"] for run in own], base)) if compared else "")
-        cells.append(f"{ratios[row.name]['ratio']:.2f}" if row.name in ratios else "")
+        own, baseline = runs[row.name], suite.baseline_of(row)
+        base = runs[baseline.name] if baseline else []
+        failed = [
+            x for x in _ended(suite, row, lines).values() if x["status"] == "failed" and _counts(suite, x["seed"])
+        ]
+        number = str(len(own)) if own or failed else ""
+        cells = [row.name, number + (f" ({len(failed)} failed)" if failed else "")]
+        cells += [_cell([run[m] for run in own]) if all(run.get(m) is not None for run in own) else "" for m in metrics]
+        cells.append(_signed(*gain([x["AP"] for x in own], [x["AP"] for x in base])) if own and base else "")
+        cells.append(f"{ratios[row.name]:.2f}" if row.name in ratios else "")
         cells += [str(row.published.get(key, "")) for key in published]
         table.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
@@ -112,7 +168,7 @@ def table(suite: Suite, lines: list[dict]) -> str:
 
 def where(suite: Suite, lines: list[dict]) -> str:
     """On what the lines of a table were measured, one sentence."""
-    used = [run for row in suite.rows for run in finished(lines, row.name)]
+    used = [run for row in suite.rows for run in finished(suite, row, lines)]
     if not used:
         return ""
     parts = []
@@ -120,39 +176,30 @@ def where(suite: Suite, lines: list[dict]) -> str:
         parts.append(name + " and ".join(sorted({run[key] for run in used})))
     minutes = sum(run["seconds"] for run in used) / 60
     text = f"Measured on {', '.join(parts)}; {len(used)} trainings, {minutes:.0f} minutes of training in all."
-    cost = costs(lines)
+    cost = cost_line(lines) if costs(suite, lines) else {}
     return text + (f" Costs: {cost['device']}, {cost['rounds']} rounds." if cost else "")
 
 
-def document() -> str:
-    """All of docs/results.md."""
+def document(folder: Path = LINES) -> str:
+    """All of docs/results.md.
+
+    Args:
+        folder: where the lines lie.
+
+    Returns:
+        Markdown.
+    """
     parts = [HEAD]
     for name in suite_names():
-        suite, lines = load_suite(name), read_lines(name)
+        suite, lines = load_suite(name), read_lines(name, folder)
         blocks = [f"## {suite.title}", suite.text.strip(), table(suite, lines).strip()]
-        if any(finished(lines, row.name) for row in suite.rows):
+        if any(finished(suite, row, lines) for row in suite.rows):
             blocks.append(f"![AP over iterations](images/{name}_curves.png)")
-        if costs(lines):
+        if costs(suite, lines):
             blocks.append(f"![gain against cost](images/{name}_cost.png)")
         blocks += [where(suite, lines), suite.findings.strip()]
         parts.append("\n\n".join(block for block in blocks if block) + "\n")
     return "\n".join(parts)
-
-
-def is_finished(lines: list[dict], row: str, seed: int | None, config_hash: str) -> bool:
-    """Whether a training need not be repeated.
-
-    Args:
-        lines: of one suite, also those of costs, which have no config hash.
-        row: name of the row.
-        seed: of the training.
-        config_hash: of the row as it is now.
-
-    Returns:
-        Whether there is a finished line of this very config.
-    """
-    wanted = (row, seed, "finished", config_hash)
-    return any((line["row"], line["seed"], line["status"], line.get("config_hash")) == wanted for line in lines)
 
 
 def _cell(values: list[float]) -> str:

@@ -18,7 +18,7 @@ import math
 import os
 import platform
 import re
-import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,10 +28,11 @@ from pathlib import Path
 
 import detectron2
 import torch
+from cost import measure
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
-from results import DOCUMENT, METRICS, costs, document, finished, is_finished, read_lines
-from suite import HERE, ROOT, Row, Suite, config_hash, load_suite, run_config, suite_names
+from results import DOCUMENT, LINES, METRICS, costs, document, finished, is_finished, read_lines
+from suite import ROOT, Row, Suite, config_hash, load_suite, run_config, suite_names
 
 from distill.errors import DistillError
 
@@ -50,12 +51,17 @@ class Runner:
         device: "cpu", "cuda", or empty for what the configs say where there is a GPU.
         lines_folder: where the lines go.
         num_gpus: for train_net.py.
+
+    Raises:
+        DistillError: there is no such device.
     """
 
     def __init__(self, suite: Suite, output: Path, device: str, lines_folder: Path, num_gpus: int) -> None:
         self.suite = suite
         self.output = output
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise DistillError("--device is cuda, but torch finds no GPU here: expected cpu.")
         self.path = lines_folder / f"{suite.name}.jsonl"
         self.num_gpus = num_gpus
         self.spent: list[float] = []
@@ -73,56 +79,68 @@ class Runner:
         """
         suite = self.suite
         rows = [suite.row(name) for name in only] if only else suite.rows
-        todo: list[tuple[Row, int | None]] = []
-        needed = [suite.teacher_of(row) for row in rows if self._is_distilled(row)]
-        for teacher in suite.teachers:
-            is_there = self._is_finished(teacher, None) and (teacher not in needed or self._weights(teacher).exists())
-            if (teacher in rows or teacher in needed) and not is_there:
-                todo.append((teacher, None))
         students = [row for row in rows if row not in suite.teachers]
-        todo += [(row, seed) for seed in seeds for row in students if not self._is_finished(row, seed)]
-        failed = 0
-        for index, (row, seed) in enumerate(todo):
-            self.left = len(todo) - index - 1
+        todo = [(row, seed) for seed in seeds for row in students if not self._is_finished(row, seed)]
+        needed = [self._learns_from(row) for row, _ in todo]
+        teachers = [
+            (row, None)
+            for row in suite.teachers
+            if (row in rows and not self._is_finished(row, None)) or (row in needed and not self._weights(row).exists())
+        ]
+        configs = [(row, seed, self._config(row, seed)) for row, seed in teachers + todo]  # errors now, not in an hour
+        failed: list[str] = []
+        for index, (row, seed, cfg) in enumerate(configs):
+            self.left = len(configs) - index - 1
             name = row.name if seed is None else f"{row.name}, seed {seed}"
+            teacher = self._learns_from(row)
+            if teacher and teacher.name in failed:
+                logger.error(f"{name} is left out: its teacher failed.")
+                continue
+            if seed is not None and self._is_finished(row, seed):
+                continue  # by another runner
+            line = self._line(row, seed)
             try:
-                self._train(row, seed, f"[{index + 1}/{len(todo)}] {name}")
+                outcome = {"status": "finished", **self._train(row, seed, cfg, f"[{index + 1}/{len(configs)}] {name}")}
             except (TrainingFailed, DistillError) as error:
-                failed += 1
-                self._write(row, seed, {"status": "failed", "error": str(error).strip().splitlines()[-1]})
+                failed.append(row.name)
+                outcome = {"status": "failed", "error": "\n".join(str(error).strip().splitlines()[-2:])}
                 logger.error(f"{name} failed:\n{error}")
-                if row in suite.teachers:
-                    logger.error("What is to learn from it will fail, too.")
-        logger.info(
-            f"{suite.name}: {len(todo) - failed} trainings finished, {failed} failed; the lines are in {self.path}"
-        )
-        return failed
+            self._append({**line, **outcome})
+        logger.info(f"{suite.name}: {len(failed)} of {len(configs)} trainings failed; the lines are in {self.path}")
+        return len(failed)
 
     def cost(self, rounds: int) -> None:
         """Times a step of each row, in turns, and writes a line.
 
         Args:
             rounds: steps of each row that count.
-        """
-        from cost import measure
 
+        Raises:
+            DistillError: no row is compared with another.
+        """
         suite = self.suite
-        first = suite.row(suite.baseline)
-        rows = [first, *(row for row in suite.rows if row is not first and row not in suite.teachers)]
-        configs = {}
-        for row in rows:
-            configs[row.name] = self._config(row, 0)
-            configs[row.name].OUTPUT_DIR = str(self.output / "cost")
-        measured = measure(configs, rounds)
-        line = {"suite": suite.name, "row": None, "seed": None, "status": "cost", "rounds": rounds, "rows": measured}
-        self._append({**line, **self._circumstances()})
+        compared = [(row, suite.baseline_of(row)) for row in suite.rows if suite.baseline_of(row)]
+        if not compared:
+            raise DistillError(f"The suite {suite.name} names no baseline, which costs are relative to.")
+        baselines = {row.name: (baseline or row).name for row, baseline in compared}
+        baselines.update({name: name for name in baselines.values()})
+        configs = {name: self._config(suite.row(name), 0) for name in baselines}
+        for cfg in configs.values():
+            cfg.OUTPUT_DIR = str(self.output / "cost")
+        line = {"suite": suite.name, "row": None, "seed": None, "status": "cost", "rounds": rounds}
+        line.update(self._circumstances())
+        measured = measure(configs, baselines, rounds)
+        for name, numbers in measured.items():
+            numbers["config_hash"] = config_hash(suite, suite.row(name))
+        self._append({**line, "rows": measured})
 
     def _folder(self, row: Row, seed: int | None) -> Path:
         name = row.name.replace("+", "_") + ("" if seed is None else f"_{seed}")
         return self.output / self.suite.name / f"{name}_{config_hash(self.suite, row)}"
 
     def _config(self, row: Row, seed: int | None) -> CfgNode:
-        cfg = run_config(self.suite, row, seed, self._teacher(row))
+        teacher = self.suite.teacher_of(row)
+        cfg = run_config(self.suite, row, seed, str(self._weights(teacher)) if teacher else "")
         cfg.MODEL.DEVICE = self.device
         cfg.DATASETS.REGISTER = [
             name.replace("{bccd}", find_bccd()) if "{bccd}" in name else name for name in cfg.DATASETS.REGISTER
@@ -132,21 +150,16 @@ class Runner:
     def _weights(self, teacher: Row) -> Path:
         return self._folder(teacher, None) / "model_final.pth"
 
-    def _teacher(self, row: Row) -> str:
-        teacher = self.suite.teacher_of(row)
-        return str(self._weights(teacher)) if teacher else ""
-
-    def _is_distilled(self, row: Row) -> bool:
-        return run_config(self.suite, row, 0).MODEL.META_ARCHITECTURE == "DistillationModel"
+    def _learns_from(self, row: Row) -> Row | None:
+        is_distilled = run_config(self.suite, row, 0).MODEL.META_ARCHITECTURE == "DistillationModel"
+        return self.suite.teacher_of(row) if is_distilled else None
 
     def _is_finished(self, row: Row, seed: int | None) -> bool:
-        lines = read_lines(self.suite.name, self.path.parent)
-        return is_finished(lines, row.name, seed, config_hash(self.suite, row))
+        return is_finished(self.suite, row, seed, read_lines(self.suite.name, self.path.parent))
 
-    def _train(self, row: Row, seed: int | None, title: str) -> None:
+    def _train(self, row: Row, seed: int | None, cfg: CfgNode, title: str) -> dict:
         folder = self._folder(row, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        cfg = self._config(row, seed)
         (folder / "run.yaml").write_text(cfg.dump())
         started = time.monotonic()
 
@@ -160,36 +173,37 @@ class Runner:
         arguments = ["--num-gpus", str(self.num_gpus)] if self.num_gpus > 1 else []
         peak = train(str(folder / "run.yaml"), folder, [], show, arguments)
         self.spent.append(time.monotonic() - started)
-        self._write(row, seed, {"status": "finished", **summarize(folder, peak, cfg.SOLVER.MAX_ITER)})
-        if row not in self.suite.teachers:
-            shutil.rmtree(folder)  # the line has what counts
+        for checkpoint in folder.glob("model_0*.pth"):
+            checkpoint.unlink()
+        return summarize(folder, peak, cfg)
 
-    def _write(self, row: Row, seed: int | None, content: dict) -> None:
-        line = {"suite": self.suite.name, "row": row.name, "seed": seed, **content}
-        self._append({**line, "config_hash": config_hash(self.suite, row), **self._circumstances()})
+    def _line(self, row: Row, seed: int | None) -> dict:
+        line = {"suite": self.suite.name, "row": row.name, "seed": seed, "config_hash": config_hash(self.suite, row)}
+        return {**line, **self._circumstances()}
 
     def _circumstances(self) -> dict:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
         return {
             "git_commit": commit.stdout.strip(),
             "detectron2": detectron2.__version__,
             "torch": torch.__version__,
-            "device": describe_device(self.device),
+            "device": describe_device(self.device, self.num_gpus),
         }
 
     def _append(self, line: dict) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")  # by a runner that was killed
         with self.path.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(is_torn * "\n" + json.dumps(line) + "\n")
 
 
-def summarize(folder: Path, peak_mib: float, iterations: int) -> dict:
+def summarize(folder: Path, peak_mib: float, cfg: CfgNode) -> dict:
     """What a finished run's metrics.json says.
 
     Args:
         folder: its OUTPUT_DIR.
-        peak_mib: the memory of its process, which stands unless a GPU's is in the log.
-        iterations: how many there were.
+        peak_mib: the memory of its process; on a GPU that in the log stands instead.
+        cfg: its config.
 
     Returns:
         The metrics of the end, AP over iterations, and what the training took.
@@ -201,17 +215,20 @@ def summarize(folder: Path, peak_mib: float, iterations: int) -> dict:
     scores = sorted((x for x in records if "bbox/AP" in x), key=lambda record: record["iteration"])
     if not scores:
         raise TrainingFailed(f"{folder}/metrics.json has no bbox/AP: expected DATASETS.TEST to name a data set.")
-    last = scores[-1]
+    last = {metric: scores[-1].get(f"bbox/{metric}") for metric in METRICS}
+    if math.isnan(last["AP"]):  # the evaluator's way of saying that nothing was detected at all
+        last.update({metric: 0.0 for metric in METRICS if last[metric] is not None})
     times = [record["time"] for record in records if "time" in record] or [0.0]  # none for less than four steps
-    on_gpu = re.findall(r"max_mem: (\d+)M", (folder / "log.txt").read_text())
+    if cfg.MODEL.DEVICE != "cpu":
+        peak_mib = float(re.findall(r"max_mem: (\d+)M", (folder / "log.txt").read_text())[-1])
+    iterations = cfg.SOLVER.MAX_ITER
     return {
-        **{metric: _number(last.get(f"bbox/{metric}")) for metric in METRICS},
-        "AP": _number(last["bbox/AP"]) or 0.0,  # the evaluator says nan where nothing was detected at all
+        **{metric: _number(value) for metric, value in last.items()},
         "curve": [[min(x["iteration"] + 1, iterations), _number(x["bbox/AP"]) or 0.0] for x in scores],
         "iterations": iterations,
         "seconds": round(statistics.fmean(times) * iterations, 1),
         "ms_per_step": round(statistics.median(times) * 1e3, 1),
-        "peak_mib": float(on_gpu[-1]) if on_gpu else round(peak_mib, 1),
+        "peak_mib": round(peak_mib, 1),
     }
 
 
@@ -234,10 +251,10 @@ def find_bccd() -> str:
     )
 
 
-def describe_device(device: str) -> str:
-    """The GPU's name, or the processor's with the number of threads."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
+def describe_device(device: str, num_gpus: int) -> str:
+    """The GPU's name and their number, or the processor's with that of threads."""
+    if device == "cuda":
+        return f"{num_gpus} {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
@@ -255,18 +272,17 @@ def main() -> None:
     parser.add_argument("--suite", metavar="NAME", help=f"{', '.join(suite_names())}, or a yaml of your own")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default as many as the suite wants")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW")
-    parser.add_argument("--device", default="", help="cpu or cuda; by default a GPU where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="", help="by default a GPU where there is one")
     parser.add_argument("--num-gpus", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "evidence", metavar="DIR")
-    parser.add_argument(
-        "--lines", type=Path, default=HERE / "results", metavar="DIR", help="where the lines are written"
-    )
+    parser.add_argument("--lines", type=Path, default=LINES, metavar="DIR", help="where the lines are")
     parser.add_argument("--cost", action="store_true", help="time a step of each row, in turns")
     parser.add_argument("--rounds", type=int, default=20, help="of --cost")
     parser.add_argument("--table", action="store_true", help="print and write docs/results.md")
     parser.add_argument("--plot", action="store_true", help="draw the plots of docs/results.md")
     args = parser.parse_args()
     setup_logger()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends, too
     try:
         failed = run(args)
     except DistillError as error:
@@ -286,17 +302,20 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DistillError: a row or a suite is unknown.
     """
+    if args.rounds < 1:
+        raise DistillError(f"--rounds is {args.rounds}: expected 1 or more.")
     if args.plot:
         from plots import plot_costs, plot_curves  # matplotlib is needed for nothing else
 
         for name in [args.suite] if args.suite else suite_names():
-            suite, lines = load_suite(name), read_lines(name)
-            if any(finished(lines, row.name) for row in suite.rows):
-                plot_curves(suite, lines, ROOT / "docs" / "images" / f"{name}_curves.png")
-            if costs(lines):
-                plot_costs(suite, lines, ROOT / "docs" / "images" / f"{name}_cost.png")
+            suite = load_suite(name)
+            lines = read_lines(suite.name, args.lines)
+            if any(finished(suite, row, lines) for row in suite.rows):
+                plot_curves(suite, lines, ROOT / "docs" / "images" / f"{suite.name}_curves.png")
+            if costs(suite, lines):
+                plot_costs(suite, lines, ROOT / "docs" / "images" / f"{suite.name}_cost.png")
     if args.table:
-        text = document()
+        text = document(args.lines)
         DOCUMENT.write_text(text)
         print(text)
     if args.plot or args.table:
@@ -310,7 +329,8 @@ def run(args: argparse.Namespace) -> int:
         raise DistillError(
             f"The suite {suite.name} has no row {', '.join(unknown)}: expected some of {', '.join(names)}."
         )
-    runner = Runner(suite, args.output.resolve(), args.device, args.lines, args.num_gpus)
+    runner = Runner(suite, args.output.resolve(), args.device, args.lines.resolve(), args.num_gpus)
+    os.chdir(ROOT)  # which the paths in configs are relative to
     if args.cost:
         runner.cost(args.rounds)
         return 0

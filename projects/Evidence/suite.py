@@ -1,9 +1,9 @@
-"""What a suite is made of: rows of a table, each a config with overrides, and the one teacher of all of them."""
+"""What a suite is made of: rows of a table, each a config with overrides, and what they learn from."""
 
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.append(str(ROOT))  # for projects.PearsonDistiller
 # what says where a run lies and on what it runs, not what it computes
-_PLACES = ("OUTPUT_DIR", "MODEL.DEVICE", "DISTILL.TEACHER.WEIGHTS", "DATALOADER.NUM_WORKERS", "DATASETS.REGISTER")
+_PLACES = ("OUTPUT_DIR", "MODEL.DEVICE", "DISTILL.TEACHER.WEIGHTS", "DATALOADER.NUM_WORKERS")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Suite:
         text: what stands above the table in docs/results.md.
         findings: what stands below it.
         rows: the rows. Teachers are trained once, by the seed in their configs.
+        hashes: by row, see :func:`config_hash`, which fills it.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Suite:
     text: str
     findings: str
     rows: tuple[Row, ...]
+    hashes: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def teachers(self) -> list[Row]:
@@ -81,6 +83,11 @@ class Suite:
         name = row.teacher or self.teacher
         return self.row(name) if name and row not in self.teachers else None
 
+    def baseline_of(self, row: Row) -> Row | None:
+        """What a row is compared with, if it is with anything."""
+        name = row.baseline or self.baseline
+        return self.row(name) if name and name != row.name and row not in self.teachers else None
+
 
 def load_suite(name: str) -> Suite:
     """Reads suites/NAME.yaml, or a file of your own.
@@ -92,14 +99,22 @@ def load_suite(name: str) -> Suite:
         The suite.
 
     Raises:
-        DistillError: there is no such suite, one of its keys is unknown or missing, or it names a row that is not.
+        DistillError: there is no such suite, it has the name of another, it cannot be read, one of its keys is unknown
+            or missing, or it names a row that is not.
     """
-    path = Path(name) if name.endswith(".yaml") else HERE / "suites" / f"{name}.yaml"
+    path = Path(name).resolve() if name.endswith(".yaml") else HERE / "suites" / f"{name}.yaml"
     if not path.is_file():
         raise DistillError(f"There is no suite {name!r}: expected one of {', '.join(suite_names())}.")
-    content = yaml.safe_load(path.read_text())
+    if path.stem in suite_names() and path.parent != HERE / "suites":
+        raise DistillError(f"{path} would write its lines to those of the suite {path.stem}: give it another name.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise DistillError(f"{path} is not YAML: {error}") from error
     needed = {"title", "teacher", "baseline", "opts", "rows", "seeds", "text", "findings"}
     _check_keys(content, needed, set(), str(path))
+    if not isinstance(content["seeds"], int):
+        raise DistillError(f"{path}: seeds is {content['seeds']!r}, expected how many there are to be.")
     rows = {}
     for key, given in content["rows"].items():
         _check_keys(given, {"config"}, {"opts", "teacher", "baseline", "published"}, f"{path}, row {key}")
@@ -118,7 +133,9 @@ def load_suite(name: str) -> Suite:
     return Suite(name=path.stem, rows=tuple(rows.values()), **{key: content[key] for key in keys})
 
 
-def _check_keys(content: dict, needed: set[str], allowed: set[str], where: str) -> None:
+def _check_keys(content: Any, needed: set[str], allowed: set[str], where: str) -> None:
+    if not isinstance(content, dict):
+        raise DistillError(f"{where} is {content!r}: expected the keys {', '.join(sorted(needed | allowed))}.")
     wrong = sorted((content.keys() - needed - allowed) | (needed - content.keys()))
     if wrong:
         expected = ", ".join(sorted(needed | allowed))
@@ -164,8 +181,15 @@ def config_hash(suite: Suite, row: Row) -> str:
         row: one of its rows.
 
     Returns:
-        Twelve hexadecimal digits, the same for all seeds, devices and places.
+        Twelve hexadecimal digits, the same for all seeds, devices and places. They are those of the files as they were
+        at the first call.
     """
+    if row.name not in suite.hashes:
+        suite.hashes[row.name] = _hash(suite, row)
+    return suite.hashes[row.name]
+
+
+def _hash(suite: Suite, row: Row) -> str:
     defaults = get_cfg()
     add_distill_config(defaults)
     cfg = run_config(suite, row, seed=None if row in suite.teachers else 0)

@@ -1,7 +1,9 @@
 """The runner on a suite of two steps, and the tables on lines that are made up."""
 
+import fcntl
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2.modeling import build_model
 
+from distill.config import CLASS_NODES, detector_config, load_config, student_config
 from distill.errors import DistillError
+from distill.modeling.inherit import inheritable_weights
 from tests.helpers import ROOT, detector_cfg, run_script, write_coco
 
 HERE = Path(__file__).resolve().parent
@@ -18,14 +23,23 @@ sys.path.insert(0, str(HERE))
 
 import results  # noqa: E402
 from features import describe  # noqa: E402
-from run import TrainingFailed, summarize  # noqa: E402
+from run import TrainingFailed, summarize, train  # noqa: E402
 from suite import config_hash, load_suite, run_config, suite_names  # noqa: E402
 
 
-def line(row, seed, ap, config_hash="a", status="finished", **more):
+def line(suite, row, seed, ap, **more):
     scores = {"AP": ap, "AP50": ap + 20, "AP75": ap, "APs": None, "APm": None}
     where = {"device": "CPU", "detectron2": "0.6", "torch": "2", "seconds": 60.0}
-    return {"row": row, "seed": seed, "status": status, "config_hash": config_hash, **scores, **where, **more}
+    own_hash = config_hash(suite, suite.row(row))
+    return {"row": row, "seed": seed, "status": "finished", "config_hash": own_hash, **scores, **where, **more}
+
+
+def cost_line(suite, **ratios):
+    rows = {
+        name: {"ms": 10 * ratio, "ratio": ratio, "config_hash": config_hash(suite, suite.row(name))}
+        for name, ratio in ratios.items()
+    }
+    return {"row": None, "seed": None, "status": "cost", "rounds": 9, "device": "CPU", "rows": rows}
 
 
 def write_suite(folder, **changes):
@@ -85,39 +99,63 @@ def test_trains_what_is_missing_records_what_failed_and_repeats_nothing(tmp_path
         ("alone", 5, "finished"),
         ("imitation", 5, "finished"),
     ]
-    assert "error" in lines[1] and "AP" not in lines[1]
+    assert "exit status 1" in lines[1]["error"] and "AP" not in lines[1]
     last = lines[-1]
     assert last["suite"] == "tiny" and last["iterations"] == 6 and last["AP"] is not None
     assert [iteration for iteration, _ in last["curve"]] == [3, 6]
     assert last["ms_per_step"] > 0 and last["seconds"] > 0 and last["peak_mib"] > 100
     assert {"git_commit", "detectron2", "torch", "device"} <= last.keys()
-    assert not list((tmp_path / "out" / "tiny").glob("alone*"))  # what the line says is enough
+    assert [x.name for x in (tmp_path / "out" / "tiny").glob("alone*/*.pth")] == ["model_final.pth"]
     assert "[3/4] alone, seed 5: " in result.stdout and " in all" in result.stdout
 
+    # what is finished needs no teacher any more
+    shutil.move(next((tmp_path / "out" / "tiny").glob("teacher*")), tmp_path / "away")
     again = run_script(*command, "--seeds", "5", "--only", "alone", "imitation")
-    assert again.returncode == 0 and "0 trainings finished, 0 failed" in again.stdout
+    assert again.returncode == 0 and "0 of 0 trainings failed" in again.stdout
     # another config is another run, and so is what depends on it
     changed = yaml.safe_load(Path(suite).read_text())
     changed["opts"]["SOLVER.BASE_LR"] = 0.0002
     Path(suite).write_text(yaml.safe_dump(changed, sort_keys=False))
     again = run_script(*command, "--seeds", "5", "--only", "alone")
-    assert "1 trainings finished" in again.stdout
-    assert len(results.finished(results.read_lines("tiny", tmp_path / "lines"), "alone")) == 1
+    assert "0 of 1 trainings failed" in again.stdout
+    lines = results.read_lines("tiny", tmp_path / "lines")
+    assert len([x for x in lines if x["row"] == "alone" and x["status"] == "finished"]) == 2
 
     changed["rows"].pop("broken")
     Path(suite).write_text(yaml.safe_dump(changed, sort_keys=False))
     timed = run_script(*command, "--cost", "--rounds", "2")
     assert timed.returncode == 0, timed.stderr[-3000:]
-    cost = results.costs(results.read_lines("tiny", tmp_path / "lines"))
-    assert cost["rows"]["alone"]["ratio"] == 1 and cost["rows"]["imitation"]["ms"] > 0
+    costs = results.costs(load_suite(suite), results.read_lines("tiny", tmp_path / "lines"))
+    assert costs["alone"] == 1 and costs["imitation"] > 0
     again = run_script(*command, "--seeds", "5", "--only", "alone")
-    assert again.returncode == 0 and "0 trainings finished, 0 failed" in again.stdout
+    assert again.returncode == 0 and "0 of 0 trainings failed" in again.stdout
 
 
-def test_a_run_without_an_evaluation_failed(tmp_path):
-    (tmp_path / "metrics.json").write_text(json.dumps({"iteration": 0, "total_loss": 1.0}) + "\n")
+def test_summary_of_a_run(tmp_path):
+    cfg = detector_cfg("retinanet", **{"SOLVER.MAX_ITER": 40})
+    steps = [{"iteration": 0, "total_loss": 1.0}, {"iteration": 19, "time": 0.2}, {"iteration": 39, "time": 0.4}]
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in steps))
     with pytest.raises(TrainingFailed, match="has no bbox/AP"):
-        summarize(tmp_path, 100.0, 1)
+        summarize(tmp_path, 100.0, cfg)
+    scores = [{"iteration": 40, "bbox/AP": math.nan, "bbox/AP50": math.nan}, {"iteration": 19, "bbox/AP": 3.21987}]
+    with (tmp_path / "metrics.json").open("a") as stream:
+        stream.writelines(json.dumps(x) + "\n" for x in scores)
+    expected = {"AP": 0.0, "AP50": 0.0, "AP75": None, "APs": None, "APm": None, "curve": [[20, 3.22], [40, 0.0]]}
+    expected |= {"iterations": 40, "seconds": 12.0, "ms_per_step": 300.0, "peak_mib": 100.0}
+    assert summarize(tmp_path, 100.0, cfg) == expected
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(TrainingFailed, match="Another process trains in"):
+            train("none.yaml", tmp_path, [], print)
+
+
+def test_a_torn_line_is_named(tmp_path):
+    (tmp_path / "tiny.jsonl").write_text('{"row": "alone"}\n{"row": "al\n')
+    with pytest.raises(DistillError, match="tiny.jsonl, line 2 is not JSON"):
+        results.read_lines("tiny", tmp_path)
 
 
 def test_a_hash_is_of_what_is_computed_not_of_where(tmp_path):
@@ -138,35 +176,58 @@ def test_a_hash_is_of_what_is_computed_not_of_where(tmp_path):
 
 
 def test_a_table_has_means_errors_gains_and_costs(tmp_path):
-    suite = load_suite(write_suite(tmp_path))
+    suite = load_suite(write_suite(tmp_path, seeds=3))
     alone, imitation = [30.1, 33.5, 31.0], [36.2, 35.0, 39.1]
-    lines = [line("alone", 0, 11.0, "old"), line("teacher", None, 50.04)]
-    lines += [line("alone", seed, ap) for seed, ap in enumerate(alone)]
-    lines += [line("imitation", seed, ap) for seed, ap in enumerate(imitation)]
-    lines += [line("broken", 0, 0.0, status="failed"), line("imitation", 1, imitation[1])]
-    cost = {"row": None, "seed": None, "status": "cost", "rounds": 9, "device": "CPU"}
-    lines.append({**cost, "rows": {"alone": {"ms": 10.0, "ratio": 1.0}, "imitation": {"ms": 13.0, "ratio": 1.31}}})
+    lines = [line(suite, "alone", 0, 11.0, config_hash="old"), line(suite, "teacher", None, 50.04)]
+    lines += [line(suite, "alone", seed, ap) for seed, ap in enumerate(alone)]
+    lines += [line(suite, "imitation", seed, ap) for seed, ap in enumerate(imitation)]
+    lines += [line(suite, "broken", 0, 0.0, status="failed"), line(suite, "imitation", 1, imitation[1])]
+    lines += [line(suite, "imitation", 2, 0.0, status="failed")]  # has finished, too
+    lines += [line(suite, "imitation", 9, 90.0), line(suite, "alone", 1, 90.0, config_hash="other")]
+    lines.append(cost_line(suite, alone=1.0, imitation=1.31))
     errors = [np.std(x, ddof=1) / np.sqrt(3) for x in (alone, imitation)]
     table = results.table(suite, lines).splitlines()
     assert table[0] == "| row | seeds | AP | AP50 | AP75 | gain in AP | cost | published AP |"
     assert table[2].startswith("| teacher | 1 | 50.0 | 70.0 |")
-    assert table[3] == "| broken |  |  |  |  |  |  |  |"
+    assert table[3] == "| broken | 0 (1 failed) |  |  |  |  |  |  |"
     assert f"| alone | 3 | {np.mean(alone):.1f} ± {errors[0]:.1f} |" in table[4] and "|  | 1.00 |" in table[4]
     difference = np.mean(imitation) - np.mean(alone)
     assert f"| {difference:+.1f} ± {math.hypot(*errors):.1f} | 1.31 | 40.1 |" in table[5]
     assert "7 trainings, 7 minutes" in results.where(suite, lines) and "9 rounds" in results.where(suite, lines)
 
 
-def test_plots_are_drawn_from_the_lines(tmp_path):
+def test_costs_of_another_config_do_not_show(tmp_path):
+    suite = load_suite(write_suite(tmp_path))
+    lines = [cost_line(suite, alone=1.0, imitation=1.31)]
+    assert results.costs(suite, lines) == {"alone": 1.0, "imitation": 1.31}
+    lines[0]["rows"]["alone"]["config_hash"] = "old"
+    assert results.costs(suite, lines) == {}
+
+
+def test_plots_are_drawn_from_the_lines(tmp_path, monkeypatch):
+    import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    suite = load_suite(write_suite(tmp_path, seeds=2))
+    lines = [line(suite, "alone", seed, 30.0 + seed, curve=[[1, 10.0], [2, 30.0 + seed]]) for seed in range(2)]
+    lines.append(line(suite, "imitation", 0, 35.0, curve=[[1, 12.0], [2, 35.0]]))
+    lines += [line(suite, "teacher", None, 50.0, curve=[[2, 50.0]]), cost_line(suite, alone=1.0, imitation=1.3)]
+    plots.plot_curves(suite, lines, tmp_path)
+    plots.plot_costs(suite, lines, tmp_path)
+    curves = {x.get_label(): x.get_xydata().tolist() for x in drawn[0].lines}
+    assert curves["alone"] == [[1, 10.0], [2, 30.5]] and curves["imitation"] == [[1, 12.0], [2, 35.0]]
+    assert [y for _, y in curves["teacher"]] == [50.0, 50.0]
+    points = {text.get_text(): text.xy for text in drawn[1].texts}
+    assert points == {"alone": (1.0, 0.0), "imitation": (1.3, 4.5)}
+
+
+def test_plots_are_written(tmp_path):
     import plots
 
     suite = load_suite(write_suite(tmp_path))
-    lines = [line("alone", seed, 30.0 + seed, curve=[[1, 10.0], [2, 30.0 + seed]]) for seed in range(2)]
-    lines += [line("imitation", 0, 35.0, curve=[[1, 12.0], [2, 35.0]]), line("teacher", None, 50.0, curve=[[2, 50.0]])]
-    lines.append({"row": None, "status": "cost", "rows": {"alone": {"ratio": 1.0}, "imitation": {"ratio": 1.3}}})
-    plots.plot_curves(suite, lines, tmp_path / "curves.png")
-    plots.plot_costs(suite, lines, tmp_path / "cost.png")
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "cost.png"))
+    plots.plot_curves(suite, [line(suite, "alone", 0, 30.0, curve=[[1, 10.0]])], tmp_path / "images" / "curves.png")
+    assert (tmp_path / "images" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_where_features_vary_is_what_a_literal_computation_says():
@@ -184,14 +245,29 @@ def test_where_features_vary_is_what_a_literal_computation_says():
 
 
 @pytest.mark.parametrize("name", suite_names())
-def test_every_row_of_every_suite_can_be_read_and_its_lines_belong_to_it(name):
+def test_every_row_can_be_built(name):
     suite = load_suite(name)
-    lines = results.read_lines(name)
-    names = {row.name for row in suite.rows}
     for row in suite.rows:
-        counted = results.finished(lines, row.name)
-        assert {x["config_hash"] for x in counted} <= {config_hash(suite, row)}, f"{row.name}: train it again"
-    assert all(x["row"] in names or x["status"] == "cost" for x in lines)
+        cfg = student_config(run_config(suite, row, 0))
+        if cfg.MODEL.META_ARCHITECTURE == "AlignedTeacher":
+            cfg = detector_config(cfg)
+        assert cfg.MODEL.META_ARCHITECTURE in CLASS_NODES, row.name
+        assert len(config_hash(suite, row)) == 12
+
+
+@pytest.mark.parametrize("name", ["digits_rcnn", "digits_retinanet", "digits_aligned", "bccd"])
+def test_what_students_inherit_fits_them(name):
+    suite = load_suite(name)
+    for row in suite.rows:
+        cfg = run_config(suite, row, 0)
+        if cfg.DISTILL.STUDENT.INHERIT:
+            teacher = suite.teacher_of(row)
+            sides = [student_config(cfg), load_config(str(ROOT / teacher.config), list(teacher.opts))]
+            for side in sides:
+                side.MODEL.DEVICE = "cpu"
+            student, teacher = (build_model(side) for side in sides)
+            scale = cfg.DISTILL.STUDENT.INPUT_SCALE
+            assert inheritable_weights(student, teacher, cfg.DISTILL.STUDENT.INHERIT, scale), row.name
 
 
 def test_the_document_is_what_the_lines_say():
@@ -203,6 +279,8 @@ def test_the_document_is_what_the_lines_say():
     [
         ({"baseline": "none"}, "baseline 'none' is none of the rows"),
         ({"extra": 1}, "the keys extra are missing or unknown"),
+        ({"seeds": "three"}, "seeds is 'three', expected how many"),
+        ({"rows": {"alone": None}}, "row alone is None: expected the keys"),
         ({"rows": {"alone": {"config": "x", "opt": {}}}}, "row alone: the keys opt are missing or unknown"),
         ({"rows": {"alone": {"config": "x", "teacher": "no"}}}, "row alone names the teacher 'no'"),
     ],
@@ -215,6 +293,12 @@ def test_bad_suites_are_named(tmp_path, changes, message):
 def test_unknown_rows_and_suites_are_named(tmp_path):
     with pytest.raises(DistillError, match="There is no suite 'nothing': expected one of digits_"):
         load_suite("nothing")
+    own = Path(write_suite(tmp_path)).rename(tmp_path / "digits_rcnn.yaml")
+    with pytest.raises(DistillError, match="to those of the suite digits_rcnn: give it another name"):
+        load_suite(str(own))
+    own.write_text("rows: [")
+    with pytest.raises(DistillError, match="is not YAML"):
+        load_suite(str(own.rename(tmp_path / "mine.yaml")))
     result = run_script("projects/Evidence/run.py", "--suite", write_suite(tmp_path), "--only", "missing")
     assert result.returncode == 1 and "has no row missing: expected some of teacher, broken, alone" in result.stderr
-    assert json.dumps("Traceback") not in result.stderr
+    assert "Traceback" not in result.stderr
