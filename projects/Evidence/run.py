@@ -182,9 +182,12 @@ class Runner:
         return {**line, **self._circumstances()}
 
     def _circumstances(self) -> dict:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        def git(*args: str) -> subprocess.CompletedProcess:
+            return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+
+        is_dirty = git("diff", "--quiet", "HEAD", "--", "distill", "configs", "train_net.py").returncode
         return {
-            "git_commit": commit.stdout.strip(),
+            "git_commit": git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if is_dirty else ""),
             "detectron2": detectron2.__version__,
             "torch": torch.__version__,
             "device": describe_device(self.device, self.num_gpus),
