@@ -41,6 +41,8 @@ from runs import TrainingFailed, read_metrics, train
 
 logger = logging.getLogger("detectron2.evidence")
 
+CODE = ("distill", "configs", "projects/PearsonDistiller", "train_net.py")  # what a training is made of
+
 
 class Runner:
     """Trains the rows of one suite and writes a line for each.
@@ -119,10 +121,9 @@ class Runner:
             DistillError: no row is compared with another.
         """
         suite = self.suite
-        compared = [(row, suite.baseline_of(row)) for row in suite.rows if suite.baseline_of(row)]
-        if not compared:
+        baselines = {row.name: other.name for row in suite.rows if (other := suite.baseline_of(row))}
+        if not baselines:
             raise DistillError(f"The suite {suite.name} names no baseline, which costs are relative to.")
-        baselines = {row.name: (baseline or row).name for row, baseline in compared}
         baselines.update({name: name for name in baselines.values()})
         configs = {name: self._config(suite.row(name), 0) for name in baselines}
         for cfg in configs.values():
@@ -185,7 +186,7 @@ class Runner:
         def git(*args: str) -> subprocess.CompletedProcess:
             return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
 
-        is_dirty = git("diff", "--quiet", "HEAD", "--", "distill", "configs", "train_net.py").returncode
+        is_dirty = git("diff", "--quiet", "HEAD", "--", *CODE).returncode
         return {
             "git_commit": git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if is_dirty else ""),
             "detectron2": detectron2.__version__,

@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE))
 
 import results  # noqa: E402
 from features import describe  # noqa: E402
-from run import TrainingFailed, summarize, train  # noqa: E402
+from run import Runner, TrainingFailed, summarize, train  # noqa: E402
 from suite import config_hash, load_suite, run_config, suite_names  # noqa: E402
 
 
@@ -153,6 +153,14 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
             train("none.yaml", tmp_path, [], print)
 
 
+def test_a_line_without_its_end_is_not_written_on(tmp_path):
+    runner = Runner(load_suite(write_suite(tmp_path)), tmp_path, "cpu", tmp_path, 1)
+    (tmp_path / "tiny.jsonl").write_text('{"row": "alone"}')
+    for seed in range(2):
+        runner._append({"seed": seed})
+    assert results.read_lines("tiny", tmp_path) == [{"row": "alone"}, {"seed": 0}, {"seed": 1}]
+
+
 def test_a_torn_line_is_named(tmp_path):
     (tmp_path / "tiny.jsonl").write_text('{"row": "alone"}\n{"row": "al\n')
     with pytest.raises(DistillError, match="tiny.jsonl, line 2 is not JSON"):
@@ -246,8 +254,10 @@ def test_where_features_vary_is_what_a_literal_computation_says():
 
 
 @pytest.mark.parametrize("name", suite_names())
-def test_every_row_can_be_built(name):
+def test_every_row_of_every_suite_can_be_read_and_every_line_has_a_row(name):
     suite = load_suite(name)
+    names = {row.name for row in suite.rows}
+    assert all(x["row"] in names or x["status"] == "cost" for x in results.read_lines(name))
     for row in suite.rows:
         cfg = student_config(run_config(suite, row, 0))
         if cfg.MODEL.META_ARCHITECTURE == "AlignedTeacher":
