@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from distill.errors import DistillError
 
 LINES = HERE / "results"
 DOCUMENT = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 HEAD = """# Results
 
@@ -200,6 +202,39 @@ def document(folder: Path = LINES) -> str:
         blocks += [where(suite, lines), suite.findings.strip()]
         parts.append("\n\n".join(block for block in blocks if block) + "\n")
     return "\n".join(parts)
+
+
+def with_tables(text: str, folder: Path = LINES) -> str:
+    """A text with today's tables.
+
+    Args:
+        text: Markdown, in which a table stands between ``<!-- table SUITE -->`` and ``<!-- end -->``.
+        folder: where the lines lie.
+
+    Returns:
+        The same, its tables written anew.
+    """
+
+    def fill(match: re.Match) -> str:
+        name = match[2]
+        return f"{match[1]}\n{table(load_suite(name), read_lines(name, folder))}\n{match[3]}"
+
+    return re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+
+
+def write_documents(folder: Path = LINES) -> str:
+    """Writes docs/results.md and the tables of README.md.
+
+    Args:
+        folder: where the lines lie.
+
+    Returns:
+        docs/results.md.
+    """
+    text = document(folder)
+    DOCUMENT.write_text(text)
+    README.write_text(with_tables(README.read_text(), folder))
+    return text
 
 
 def _cell(values: list[float]) -> str:

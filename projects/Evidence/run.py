@@ -31,7 +31,7 @@ import torch
 from cost import measure
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
-from results import DOCUMENT, LINES, METRICS, costs, document, finished, is_finished, read_lines
+from results import LINES, METRICS, costs, finished, is_finished, read_lines, write_documents
 from suite import ROOT, Row, Suite, config_hash, load_suite, run_config, suite_names
 
 from distill.errors import DistillError
@@ -282,7 +282,9 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, default=LINES, metavar="DIR", help="where the lines are")
     parser.add_argument("--cost", action="store_true", help="time a step of each row, in turns")
     parser.add_argument("--rounds", type=int, default=20, help="of --cost")
-    parser.add_argument("--table", action="store_true", help="print and write docs/results.md")
+    parser.add_argument(
+        "--table", action="store_true", help="print and write docs/results.md, and the tables of README.md"
+    )
     parser.add_argument("--plot", action="store_true", help="draw the plots of docs/results.md")
     args = parser.parse_args()
     setup_logger()
@@ -319,9 +321,7 @@ def run(args: argparse.Namespace) -> int:
             if costs(suite, lines):
                 plot_costs(suite, lines, ROOT / "docs" / "images" / f"{suite.name}_cost.png")
     if args.table:
-        text = document(args.lines)
-        DOCUMENT.write_text(text)
-        print(text)
+        print(write_documents(args.lines))
     if args.plot or args.table:
         return 0
     if not args.suite:

@@ -281,8 +281,21 @@ def test_what_students_inherit_fits_them(name):
             assert inheritable_weights(student, teacher, cfg.DISTILL.STUDENT.INHERIT, scale), row.name
 
 
-def test_the_document_is_what_the_lines_say():
+def test_the_documents_are_what_the_lines_say():
     assert (ROOT / "docs" / "results.md").read_text() == results.document()
+    readme = (ROOT / "README.md").read_text()
+    assert readme == results.with_tables(readme)
+    assert results.table(load_suite("digits_rcnn"), results.read_lines("digits_rcnn")) in readme
+
+
+def test_tables_in_a_text_are_written_anew(tmp_path):
+    suite = load_suite("bccd")
+    (tmp_path / "bccd.jsonl").write_text(json.dumps(line(suite, "baseline", 0, 40.0)) + "\n")
+    text = "a\n<!-- table bccd -->\nold\n<!-- end -->\nb\n<!-- table coco -->\n<!-- end -->\n"
+    filled = results.with_tables(text, tmp_path)
+    assert filled.startswith("a\n<!-- table bccd -->\n\n| row |") and "| baseline | 1 | 40.0 |" in filled
+    assert "old" not in filled and filled.count("<!-- end -->") == 2 and "| faster_rcnn_R18_R101 |" in filled
+    assert results.with_tables(filled, tmp_path) == filled
 
 
 @pytest.mark.parametrize(
