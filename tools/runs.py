@@ -16,6 +16,10 @@ class TrainingFailed(RuntimeError):
     """A training ended with an error; the message is the end of its log, and its exit status."""
 
 
+class FolderInUse(TrainingFailed):
+    """Another process trains in this folder."""
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """What Detectron2 has written to metrics.json so far.
 
@@ -49,7 +53,8 @@ def train(
         The most memory that the process held, in MiB; 0 where the system does not tell.
 
     Raises:
-        TrainingFailed: it did not end well, or another process trains in this folder.
+        FolderInUse: another process trains in this folder.
+        TrainingFailed: it did not end well.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "train.log"
@@ -60,7 +65,7 @@ def train(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise TrainingFailed(f"Another process trains in {folder}: wait for it, or end it.") from error
+            raise FolderInUse(f"Another process trains in {folder}: wait for it, or end it.") from error
         # the training holds the lock, too, and keeps it should this process be killed
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
     try:

@@ -37,7 +37,7 @@ from suite import ROOT, Row, Suite, config_hash, load_suite, run_config, suite_n
 from distill.errors import DistillError
 
 sys.path.append(str(ROOT / "tools"))
-from runs import TrainingFailed, read_metrics, train
+from runs import FolderInUse, TrainingFailed, read_metrics, train
 
 logger = logging.getLogger("detectron2.evidence")
 
@@ -77,7 +77,7 @@ class Runner:
             only: names of rows; empty for all.
 
         Returns:
-            How many trainings failed.
+            How many trainings failed, or were left out.
         """
         suite = self.suite
         rows = [suite.row(name) for name in only] if only else suite.rows
@@ -96,19 +96,23 @@ class Runner:
             name = row.name if seed is None else f"{row.name}, seed {seed}"
             teacher = self._learns_from(row)
             if teacher and teacher.name in failed:
-                logger.error(f"{name} is left out: its teacher failed.")
+                logger.error(f"{name} is left out: its teacher is not there.")
                 continue
             if seed is not None and self._is_finished(row, seed):
                 continue  # by another runner
             line = self._line(row, seed)
             try:
                 outcome = {"status": "finished", **self._train(row, seed, cfg, f"[{index + 1}/{len(configs)}] {name}")}
+            except FolderInUse as error:  # by another runner, which will write the line
+                failed.append(row.name)
+                logger.error(f"{name} is left out: {error}")
+                continue
             except (TrainingFailed, DistillError) as error:
                 failed.append(row.name)
                 outcome = {"status": "failed", "error": "\n".join(str(error).strip().splitlines()[-2:])}
                 logger.error(f"{name} failed:\n{error}")
             self._append({**line, **outcome})
-        logger.info(f"{suite.name}: {len(failed)} of {len(configs)} trainings failed; the lines are in {self.path}")
+        logger.info(f"{suite.name}: {len(failed)} of {len(configs)} trainings not done; the lines are in {self.path}")
         return len(failed)
 
     def cost(self, rounds: int) -> None:
@@ -303,7 +307,7 @@ def run(args: argparse.Namespace) -> int:
         args: see ``main``.
 
     Returns:
-        How many trainings failed.
+        How many trainings failed, or were left out.
 
     Raises:
         DistillError: a row or a suite is unknown.

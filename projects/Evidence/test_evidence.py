@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE))
 
 import results  # noqa: E402
 from features import describe  # noqa: E402
-from run import Runner, TrainingFailed, summarize, train  # noqa: E402
+from run import FolderInUse, Runner, TrainingFailed, summarize, train  # noqa: E402
 from suite import config_hash, load_suite, run_config, suite_names  # noqa: E402
 
 
@@ -111,14 +111,14 @@ def test_trains_what_is_missing_records_what_failed_and_repeats_nothing(tmp_path
     teacher = next((tmp_path / "out" / "tiny").glob("teacher*"))
     teacher.rename(tmp_path / "away")
     again = run_script(*command, "--seeds", "5", "--only", "alone", "imitation")
-    assert again.returncode == 0 and "0 of 0 trainings failed" in again.stdout
+    assert again.returncode == 0 and "0 of 0 trainings not done" in again.stdout
     (tmp_path / "away").rename(teacher)
     # another config is another run, and so is what depends on it
     changed = yaml.safe_load(Path(suite).read_text())
     changed["opts"]["SOLVER.BASE_LR"] = 0.0002
     Path(suite).write_text(yaml.safe_dump(changed, sort_keys=False))
     again = run_script(*command, "--seeds", "5", "--only", "alone")
-    assert "0 of 1 trainings failed" in again.stdout
+    assert "0 of 1 trainings not done" in again.stdout
     lines = results.read_lines("tiny", tmp_path / "lines")
     assert len([x for x in lines if x["row"] == "alone" and x["status"] == "finished"]) == 2
 
@@ -129,7 +129,7 @@ def test_trains_what_is_missing_records_what_failed_and_repeats_nothing(tmp_path
     costs = results.costs(load_suite(suite), results.read_lines("tiny", tmp_path / "lines"))
     assert costs["alone"] == 1 and costs["imitation"] > 0
     again = run_script(*command, "--seeds", "5", "--only", "alone")
-    assert again.returncode == 0 and "0 of 0 trainings failed" in again.stdout
+    assert again.returncode == 0 and "0 of 0 trainings not done" in again.stdout
 
 
 def test_summary_of_a_run(tmp_path):
@@ -149,8 +149,19 @@ def test_summary_of_a_run(tmp_path):
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(TrainingFailed, match="Another process trains in"):
+        with pytest.raises(FolderInUse, match="Another process trains in"):
             train("none.yaml", tmp_path, [], print)
+
+
+def test_what_another_runner_trains_is_left_out_without_a_line(tmp_path):
+    suite = load_suite(write_suite(tmp_path))
+    runner = Runner(suite, tmp_path / "out", "cpu", tmp_path / "lines", 1)
+    folder = runner._folder(suite.row("alone"), 0)
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert runner.run([0], ["alone"]) == 1
+    assert results.read_lines(suite.name, tmp_path / "lines") == []
 
 
 def test_a_line_without_its_end_is_not_written_on(tmp_path):
