@@ -20,8 +20,9 @@ Written by `python projects/Evidence/run.py --table` from the lines of `projects
 `projects/Evidence/suites/`. A cell is the mean over the seeds ± its standard error (sample deviation / √n); without ±
 it is a single run. The gain is the difference to the baseline's mean, its error the root of the sum of both errors'
 squares. All students of a table have the same teacher: no error tells what another one would change. The cost is that
-of a training step relative to the baseline's, the median of steps that were run in turns in one process, without what
-is done once in many steps (evaluation, measuring gradients, the search for prototypes). Empty cells were not run.
+of a training step relative to the baseline's, the median over steps that were run in turns in one process, without what
+is done once in many steps (evaluation, measuring gradients, the search for prototypes). Empty cells were not run, or not
+with today's config.
 """
 
 
@@ -213,13 +214,22 @@ def with_tables(text: str, folder: Path = LINES) -> str:
 
     Returns:
         The same, its tables written anew.
+
+    Raises:
+        DistillError: a table does not end before the next begins, or is of no suite.
     """
 
     def fill(match: re.Match) -> str:
         name = match[2]
         return f"{match[1]}\n{table(load_suite(name), read_lines(name, folder))}\n{match[3]}"
 
-    return re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+    pattern = r"(<!-- table (\S+) -->\n)(?:(?!<!-- table ).)*?(<!-- end -->)"
+    filled, number = re.subn(pattern, fill, text, flags=re.DOTALL)
+    if number != text.count("<!-- table"):
+        raise DistillError(
+            f"{text.count('<!-- table')} tables begin but {number} end: expected <!-- table SUITE --> and <!-- end -->."
+        )
+    return filled
 
 
 def write_documents(folder: Path = LINES) -> str:
@@ -231,9 +241,9 @@ def write_documents(folder: Path = LINES) -> str:
     Returns:
         docs/results.md.
     """
-    text = document(folder)
+    text, readme = document(folder), with_tables(README.read_text(), folder)
     DOCUMENT.write_text(text)
-    README.write_text(with_tables(README.read_text(), folder))
+    README.write_text(readme)
     return text
 
 

@@ -307,6 +307,9 @@ def test_tables_in_a_text_are_written_anew(tmp_path):
     assert filled.startswith("a\n<!-- table bccd -->\n\n| row |") and "| baseline | 1 | 40.0 |" in filled
     assert "old" not in filled and filled.count("<!-- end -->") == 2 and "| faster_rcnn_R18_R101 |" in filled
     assert results.with_tables(filled, tmp_path) == filled
+    for wrong in (text.replace("<!-- end -->", "", 1), text + "<!-- table bccd-->\n<!-- end -->\n"):
+        with pytest.raises(DistillError, match="tables begin but"):
+            results.with_tables(wrong, tmp_path)
 
 
 @pytest.mark.parametrize(
