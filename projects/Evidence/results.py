@@ -21,8 +21,8 @@ Written by `python projects/Evidence/run.py --table` from the lines of `projects
 it is a single run. The gain is the difference to the baseline's mean, its error the root of the sum of both errors'
 squares. All students of a table have the same teacher: no error tells what another one would change. The cost is that
 of a training step relative to the baseline's, the median over steps that were run in turns in one process, without what
-is done once in many steps (evaluation, measuring gradients, the search for prototypes). Empty cells were not run, or not
-with today's config.
+is done once in many steps (evaluation, measuring gradients, the search for prototypes). Empty cells were not run, or
+not with today's config.
 """
 
 
