@@ -42,7 +42,7 @@ def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
     axis.set_xlabel("iteration")
     axis.set_ylabel("AP")
     axis.set_title(suite.title)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower right")
     _save(figure, path)
 
 
@@ -64,6 +64,7 @@ def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
         axis.errorbar(ratio, value, yerr=None if np.isnan(error) else error, fmt="o", capsize=3)
         axis.annotate(name, (ratio, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.axhline(0, color="gray", linewidth=0.8)
+    axis.margins(x=0.15)
     axis.set_xlabel("cost of a step, relative to the baseline")
     axis.set_ylabel("gain in AP")
     axis.set_title(suite.title)
