@@ -246,13 +246,15 @@ def prepare_digit_scenes() -> Path:
 
 
 def register_digit_scenes() -> None:
-    """Registers ``digit_scenes_train``, its first 200 images as ``digit_scenes_train_200``, ``digit_scenes_val`` and
-    ``digit_scenes_voc_val``; composes nothing yet."""
+    """Registers ``digit_scenes_train``, its first images as ``digit_scenes_train_200`` and ``digit_scenes_train_400``,
+    ``digit_scenes_val`` and ``digit_scenes_voc_val``; composes nothing yet."""
     folder = cache_dir()
     for split in SETTINGS["images"]:
         _register_coco(f"digit_scenes_{split}", folder / f"instances_{split}.json", folder / "JPEGImages")
-    DatasetCatalog.register("digit_scenes_train_200", lambda: DatasetCatalog.get("digit_scenes_train")[:200])
-    MetadataCatalog.get("digit_scenes_train_200").set(thing_classes=CLASS_NAMES)
+    for number in (200, 400):
+        name = f"digit_scenes_train_{number}"
+        DatasetCatalog.register(name, lambda number=number: DatasetCatalog.get("digit_scenes_train")[:number])
+        MetadataCatalog.get(name).set(thing_classes=CLASS_NAMES)
     name = "digit_scenes_voc_val"
     DatasetCatalog.register(name, lambda: load_voc_instances(str(prepare_digit_scenes()), "val", CLASS_NAMES))
     MetadataCatalog.get(name).set(

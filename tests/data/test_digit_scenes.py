@@ -108,9 +108,11 @@ def test_registered_as_both_coco_and_voc():
     assert MetadataCatalog.get("digit_scenes_val").evaluator_type == "coco"
     assert MetadataCatalog.get("digit_scenes_voc_val").evaluator_type == "pascal_voc"
     coco, voc = DatasetCatalog.get("digit_scenes_val"), DatasetCatalog.get("digit_scenes_voc_val")
-    train, few = DatasetCatalog.get("digit_scenes_train"), DatasetCatalog.get("digit_scenes_train_200")
-    assert len(coco) == len(voc) == 300 and len(train) == 2000 and few == train[:200]
-    assert MetadataCatalog.get("digit_scenes_train_200").thing_classes == digit_scenes.CLASS_NAMES
+    train = DatasetCatalog.get("digit_scenes_train")
+    assert len(coco) == len(voc) == 300 and len(train) == 2000
+    for number in (200, 400):
+        assert DatasetCatalog.get(f"digit_scenes_train_{number}") == train[:number]
+        assert MetadataCatalog.get(f"digit_scenes_train_{number}").thing_classes == digit_scenes.CLASS_NAMES
     assert "segmentation" in coco[0]["annotations"][0]
     for a, b in zip(coco, voc):
         assert [x["category_id"] for x in a["annotations"]] == [x["category_id"] for x in b["annotations"]]
