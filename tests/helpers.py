@@ -148,7 +148,7 @@ def random_batch(*sizes: tuple[int, int], boxes: int = 3) -> list[dict]:
         for mask, (x0, y0, x1, y1) in zip(masks, instances.gt_boxes.tensor.long().tolist()):
             mask[y0:y1, x0:x1] = True
         instances.gt_masks = BitMasks(masks)
-        instances.gt_classes = torch.randint(NUM_CLASSES, (boxes,))
+        instances.gt_classes = torch.randperm(boxes) % NUM_CLASSES  # three boxes have all three classes
         image = torch.randint(256, (3, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch

@@ -98,13 +98,13 @@ def test_resume_goes_on_after_a_kill_without_inheriting_again(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
-    while not (tmp_path / "out" / "last_checkpoint").exists():
+    last = tmp_path / "out" / "last_checkpoint"
+    while not (last.exists() and last.read_text()):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    name = (tmp_path / "out" / "last_checkpoint").read_text()
-    done = torch.load(tmp_path / "out" / name)["iteration"] + 1
+    done = torch.load(tmp_path / "out" / last.read_text())["iteration"] + 1
     log = (tmp_path / "out" / "log.txt").read_text()
     assert log.count("The student inherits 1 weights") == 1
     result = run_script(*command[1:], "--resume", "SOLVER.MAX_ITER", str(done + 2))

@@ -21,6 +21,7 @@ def test_two_processes_step_like_one(tmp_path):
         **{
             "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 2000,
             "MODEL.RPN.NMS_THRESH": 1.0,
+            "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],  # small deltas: no proposal is moved out of its image
             "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 500,
             "SOLVER.MAX_ITER": 1,
             "SOLVER.BASE_LR": 0.01,

@@ -91,7 +91,7 @@ def test_similarity_is_the_cosine():
         [a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) if np.linalg.norm(a) else 0.0 for b in prototypes.numpy()]
         for a in features.numpy()
     ]
-    np.testing.assert_allclose(prototype_similarity(features, prototypes).numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose(prototype_similarity(features, prototypes).numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_robustness_equals_the_literal_formula():

@@ -87,7 +87,7 @@ def test_prototypes_are_searched_before_training_and_every_period(tmp_path, monk
     monkeypatch.setattr(
         PrototypeHook, "search", lambda self: (searched.append(getattr(self.trainer, "iter", -1)), search(self))
     )
-    trainer = train(make_cfg(tmp_path, "period", **{"SOLVER.MAX_ITER": 6}))
+    trainer = train(make_cfg(tmp_path, "period", boxes_per_image=20, **{"SOLVER.MAX_ITER": 6}))
     assert searched == [0, 2]  # before the first step, after three; the sixth is the last
     bank = trainer.model.distillers[NAME].prototypes
     assert bank.searches == 2
@@ -245,7 +245,7 @@ def test_no_large_box_is_a_warning_and_training_goes_on(tmp_path, caplog):
 
 # One image leaves a process without a share. Boxes of one image that touch the same cells have one feature; rounding
 # decides which of them is denser than the other; so where there is more than one batch, an image has one box.
-@pytest.mark.parametrize("num_images, boxes_per_image", [(30, 1), (1, 6)])
+@pytest.mark.parametrize("num_images, boxes_per_image", [(60, 1), (1, 6)])
 def test_two_processes_hold_the_same_prototypes_as_one(tmp_path, num_images, boxes_per_image):
     cfg = make_cfg(
         tmp_path,
@@ -267,7 +267,7 @@ def test_two_processes_hold_the_same_prototypes_as_one(tmp_path, num_images, box
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     for key, value in one.items():  # of boxes with one feature any may be picked
         if key.endswith(("student", "teacher", "labels")):
-            torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-4, msg=key)
+            torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-3, msg=key)
     assert num_images == 1 or (one["levels.p2.labels"] >= 0).sum() >= 3
 
 

@@ -11,13 +11,13 @@ from tests.prototypes.test_hook import NAME, forget_datasets, make_cfg, train  #
 
 
 def test_each_class_with_prototypes_has_a_sheet(tmp_path):
-    cfg = make_cfg(tmp_path, "sheets", **{"SOLVER.MAX_ITER": 1})
+    cfg = make_cfg(tmp_path, "sheets", boxes_per_image=20, **{"SOLVER.MAX_ITER": 1})
     bank = train(cfg).model.distillers[NAME].prototypes
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     arguments = ["--config-file", str(tmp_path / "cfg.yaml"), "--weights", str(tmp_path / "out" / "model_final.pth")]
     result = run_script("tools/show_prototypes.py", *arguments, "--output", str(tmp_path / "all"))
     assert result.returncode == 0, result.stderr[-3000:]
-    known = sorted(set(bank.levels["p2"].labels.tolist()) - {-1})
+    known = sorted({label for kept in bank.levels.values() for label in kept.labels.tolist()} - {-1})
     assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"{k:03d}_class{k}.png" for k in known]
     sheet = read_image(str(tmp_path / "all" / f"00{known[0]}_class{known[0]}.png"), "RGB")
     assert sheet.std() > 20 and sheet.shape[0] > 300  # five rows of noise
