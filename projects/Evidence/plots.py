@@ -64,7 +64,7 @@ def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
         axis.errorbar(ratio, value, yerr=None if np.isnan(error) else error, fmt="o", capsize=3)
         axis.annotate(name, (ratio, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.axhline(0, color="gray", linewidth=0.8)
-    axis.margins(x=0.15)
+    axis.margins(x=0.2)
     axis.set_xlabel("cost of a step, relative to the baseline")
     axis.set_ylabel("gain in AP")
     axis.set_title(suite.title)
