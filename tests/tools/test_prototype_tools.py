@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data.detection_utils import read_image
+from PIL import Image
 
 from tests.helpers import run_script
 from tests.prototypes.test_hook import NAME, forget_datasets, make_cfg, train  # noqa: F401
@@ -32,6 +34,24 @@ def test_each_class_with_prototypes_has_a_sheet(tmp_path):
     path.write_text(json.dumps(content))
     result = run_script("tools/show_prototypes.py", *arguments, "--output", str(tmp_path), "--classes", "cat")
     assert result.returncode == 1 and "error: --classes names cat, but the classes are class0, class1" in result.stderr
+
+
+def test_a_sheet_shows_the_boxes_of_its_class(tmp_path):
+    cfg = make_cfg(tmp_path, "colours", num_images=2)
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    colours = np.eye(3, dtype=np.uint8)[:2] * 255  # class 0 in a red image, class 1 in a green one
+    for number, colour in enumerate(colours):
+        Image.fromarray(np.broadcast_to(colour, (100, 100, 3)).copy()).save(tmp_path / f"colours/images/{number}.png")
+    kept = {"labels": [0, 1, -1], "images": [0, 1, 0], "boxes": [[10.0, 10.0, 40.0, 40.0]] * 3}
+    state = {f"distillers.any.prototypes.levels.p2.{name}": torch.tensor(value) for name, value in kept.items()}
+    torch.save({"model": state}, tmp_path / "model.pth")
+    arguments = ["--config-file", str(tmp_path / "cfg.yaml"), "--weights", str(tmp_path / "model.pth")]
+    result = run_script("tools/show_prototypes.py", *arguments, "--output", str(tmp_path / "sheets"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    for label in (0, 1):
+        sheet = read_image(str(tmp_path / "sheets" / f"00{label}_class{label}.png"), "RGB").reshape(-1, 3)
+        shown = [(sheet == colour).all(1).sum() for colour in colours]
+        assert shown[label] > 1000 and shown[1 - label] == 0
 
 
 @pytest.mark.parametrize("content, message", [(None, "Cannot read the checkpoint"), ({}, "holds no prototypes")])
