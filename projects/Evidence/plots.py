@@ -20,10 +20,10 @@ def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
         lines: its lines.
         path: the PNG to write.
     """
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    colors = itertools.cycle(plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors)
-    students = [row for row in suite.rows if row not in suite.teachers]
-    for row, color in zip(students, colors):
+    figure, axis = plt.subplots(figsize=(8.5, 4.5))
+    colors = _colors(suite)
+    for row in (row for row in suite.rows if row not in suite.teachers):
+        color = colors[row.name]
         runs = finished(suite, row, lines)
         if not runs:
             continue
@@ -42,7 +42,7 @@ def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
     axis.set_xlabel("iteration")
     axis.set_ylabel("AP")
     axis.set_title(suite.title)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 
@@ -55,13 +55,14 @@ def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
         path: the PNG to write.
     """
     figure, axis = plt.subplots(figsize=(7, 4.5))
+    colors = _colors(suite)
     for name, ratio in costs(suite, lines).items():
         row = suite.row(name)
         own, base = ([x["AP"] for x in finished(suite, x, lines)] for x in (row, suite.baseline_of(row) or row))
         if not own or not base:
             continue
         value, error = gain(own, base) if suite.baseline_of(row) else (0.0, mean_and_error(own)[1])
-        axis.errorbar(ratio, value, yerr=None if np.isnan(error) else error, fmt="o", capsize=3)
+        axis.errorbar(ratio, value, yerr=None if np.isnan(error) else error, fmt="o", capsize=3, color=colors[name])
         axis.annotate(name, (ratio, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.margins(x=0.2)
@@ -69,6 +70,12 @@ def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
     axis.set_ylabel("gain in AP")
     axis.set_title(suite.title)
     _save(figure, path)
+
+
+def _colors(suite: Suite) -> dict[str, tuple[float, ...]]:
+    """A row's color, the same in both plots."""
+    palette = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+    return dict(zip((row.name for row in suite.rows), itertools.cycle(palette)))
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
