@@ -122,7 +122,9 @@ def test_the_three_losses_are_those_of_three_plain_detectors(kind, downsampling)
         pooled = torch.cat([high[name].mean((2, 3)), low[name].mean((2, 3))], 1)
         logits = (pooled @ backbone.fusion.squeeze.weight.T).relu() @ backbone.fusion.weigh.weight.T
         weights = logits.exp() / logits.exp().sum(1, keepdim=True)
-        fused[name] = weights[:, 0, None, None, None] * high[name] + weights[:, 1, None, None, None] * low[name]
+        literal = weights[:, 0, None, None, None] * high[name] + weights[:, 1, None, None, None] * low[name]
+        fused[name] = backbone.fusion(high[name], low[name])  # to the bit: proposals are ranked by their scores
+        torch.testing.assert_close(fused[name], literal)
     detectors.append(give(plain_high(model, kind), fused))
 
     for step in range(2):  # the second depends on the running normalisers of the first
