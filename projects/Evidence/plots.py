@@ -42,19 +42,19 @@ def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
     axis.set_xlabel("iteration")
     axis.set_ylabel("AP")
     axis.set_title(suite.title)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(axis)
     _save(figure, path)
 
 
 def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
-    """Gain in AP against the cost of a step, both relative to the baseline.
+    """Gain in AP against the cost of a step, both relative to a row's baseline.
 
     Args:
         suite: the suite.
         lines: its lines.
         path: the PNG to write.
     """
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = plt.subplots(figsize=(8.5, 4.5))
     colors = _colors(suite)
     for name, ratio in costs(suite, lines).items():
         row = suite.row(name)
@@ -62,14 +62,19 @@ def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
         if not own or not base:
             continue
         value, error = gain(own, base) if suite.baseline_of(row) else (0.0, mean_and_error(own)[1])
-        axis.errorbar(ratio, value, yerr=None if np.isnan(error) else error, fmt="o", capsize=3, color=colors[name])
-        axis.annotate(name, (ratio, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.errorbar(
+            ratio, value, yerr=None if np.isnan(error) else error, fmt="o", capsize=3, color=colors[name], label=name
+        )
     axis.axhline(0, color="gray", linewidth=0.8)
-    axis.margins(x=0.2)
-    axis.set_xlabel("cost of a step, relative to the baseline")
-    axis.set_ylabel("gain in AP")
+    axis.set_xlabel("cost of a step, relative to the row's baseline")
+    axis.set_ylabel("gain in AP over the row's baseline")
     axis.set_title(suite.title)
+    _legend(axis)
     _save(figure, path)
+
+
+def _legend(axis: plt.Axes) -> None:
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _colors(suite: Suite) -> dict[str, tuple[float, ...]]:
