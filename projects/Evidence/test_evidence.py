@@ -238,8 +238,8 @@ def test_plots_are_drawn_from_the_lines(tmp_path, monkeypatch):
     curves = {x.get_label(): x.get_xydata().tolist() for x in drawn[0].lines}
     assert curves["alone"] == [[1, 10.0], [2, 30.5]] and curves["imitation"] == [[1, 12.0], [2, 35.0]]
     assert [y for _, y in curves["teacher"]] == [50.0, 50.0]
-    points = {text.get_text(): text.xy for text in drawn[1].texts}
-    assert points == {"alone": (1.0, 0.0), "imitation": (1.3, 4.5)}
+    points = {bar.get_label(): bar.lines[0].get_xydata().tolist() for bar in drawn[1].containers}
+    assert points == {"alone": [[1.0, 0.0]], "imitation": [[1.3, 4.5]]}
 
 
 def test_plots_are_written(tmp_path):
