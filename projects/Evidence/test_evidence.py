@@ -1,5 +1,6 @@
 """The runner on a suite of two steps, and the tables on lines that are made up."""
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -228,7 +229,7 @@ def test_plots_are_drawn_from_the_lines(tmp_path, monkeypatch):
     import plots
 
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(figure.axes))
     suite = load_suite(write_suite(tmp_path, seeds=2))
     lines = [line(suite, "alone", seed, 30.0 + seed, curve=[[1, 10.0], [2, 30.0 + seed]]) for seed in range(2)]
     lines.append(line(suite, "imitation", 0, 35.0, curve=[[1, 12.0], [2, 35.0]]))
@@ -240,6 +241,32 @@ def test_plots_are_drawn_from_the_lines(tmp_path, monkeypatch):
     assert [y for _, y in curves["teacher"]] == [50.0, 50.0]
     points = {bar.get_label(): bar.lines[0].get_xydata().tolist() for bar in drawn[1].containers}
     assert points == {"alone": [[1.0, 0.0]], "imitation": [[1.3, 4.5]]}
+
+
+def test_rows_that_have_another_baseline_have_a_panel_of_their_own(tmp_path, monkeypatch):
+    import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes))
+    suite = load_suite(write_suite(tmp_path))
+    row = dataclasses.replace(suite.row("alone"), name="long", opts=("SOLVER.MAX_ITER", 9))
+    other = dataclasses.replace(suite.row("imitation"), name="long_imitation", baseline="long")
+    suite = dataclasses.replace(suite, rows=(*suite.rows, row, other), hashes={})
+    results_of = {"alone": 30.0, "imitation": 35.0, "long": 32.0, "long_imitation": 36.5}
+    lines = [line(suite, name, 0, ap, curve=[[2, ap]]) for name, ap in results_of.items()]
+    lines.append(cost_line(suite, alone=1.0, imitation=1.3, long=0.9, long_imitation=1.4))
+    plots.plot_curves(suite, lines, tmp_path)
+    plots.plot_costs(suite, lines, tmp_path)
+    expected = [{"alone": 30.0, "imitation": 35.0, "long": 32.0}, {"long": 32.0, "long_imitation": 36.5}]
+    assert [{x.get_label(): x.get_ydata()[0] for x in axis.lines} for axis in drawn[0]] == expected
+    expected = [
+        {"alone": [1.0, 0.0], "imitation": [1.3, 5.0], "long": [0.9, 2.0]},
+        {"long": [1.0, 0.0], "long_imitation": [1.4, 4.5]},
+    ]
+    points = [{x.get_label(): x.lines[0].get_xydata().tolist()[0] for x in axis.containers} for axis in drawn[1]]
+    assert points == expected
+    plots.plot_curves(suite, [line(suite, "teacher", None, 50.0, curve=[[2, 50.0]])], tmp_path)
+    assert [len(axis.lines) for axis in drawn[2]] == [1]
 
 
 def test_plots_are_written(tmp_path):
