@@ -12,6 +12,7 @@ checkpoint.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -184,6 +185,9 @@ class Runner:
 
     def _line(self, row: Row, seed: int | None) -> dict:
         line = {"suite": self.suite.name, "row": row.name, "seed": seed, "config_hash": config_hash(self.suite, row)}
+        teacher = self._learns_from(row)
+        if teacher and self._weights(teacher).exists():  # trainings of one config differ between kinds of processors
+            line["teacher_sha256"] = hashlib.sha256(self._weights(teacher).read_bytes()).hexdigest()[:12]
         return {**line, **self._circumstances()}
 
     def _circumstances(self) -> dict:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import sys
@@ -105,6 +106,9 @@ def test_trains_what_is_missing_records_what_failed_and_repeats_nothing(tmp_path
     assert [iteration for iteration, _ in last["curve"]] == [3, 6]
     assert last["ms_per_step"] > 0 and last["seconds"] > 0 and last["peak_mib"] > 100
     assert {"git_commit", "detectron2", "torch", "device"} <= last.keys()
+    weights = next((tmp_path / "out" / "tiny").glob("teacher*/model_final.pth"))
+    assert last["teacher_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    assert not any("teacher_sha256" in x for x in lines[:-1])
     assert [x.name for x in (tmp_path / "out" / "tiny").glob("alone*/*.pth")] == ["model_final.pth"]
     assert "[3/4] alone, seed 5: " in result.stdout and " in all" in result.stdout
 
@@ -217,6 +221,15 @@ def test_a_table_has_means_errors_gains_and_costs(tmp_path):
     assert "7 trainings, 7 minutes" in results.where(suite, lines) and "9 rounds" in results.where(suite, lines)
 
 
+def test_several_trainings_of_a_teacher_are_told(tmp_path):
+    suite = load_suite(write_suite(tmp_path, seeds=3))
+    lines = [line(suite, "imitation", seed, 30.0, teacher_sha256="a") for seed in range(2)]
+    lines += [line(suite, "alone", 0, 20.0), line(suite, "imitation", 9, 30.0, teacher_sha256="b")]  # 9 does not count
+    assert "learned from" not in results.where(suite, lines)
+    lines.append(line(suite, "imitation", 2, 30.0, teacher_sha256="b"))
+    assert "Students have learned from 2 trainings of teacher." in results.where(suite, lines)
+
+
 def test_costs_of_another_config_do_not_show(tmp_path):
     suite = load_suite(write_suite(tmp_path))
     lines = [cost_line(suite, alone=1.0, imitation=1.31)]
@@ -304,7 +317,7 @@ def test_every_row_of_every_suite_can_be_read_and_every_line_has_a_row(name):
         assert len(config_hash(suite, row)) == 12
 
 
-@pytest.mark.parametrize("name", ["digits_rcnn", "digits_retinanet", "digits_aligned", "bccd"])
+@pytest.mark.parametrize("name", ["digits_rcnn", "digits_rcnn_100", "digits_retinanet", "digits_aligned", "bccd"])
 def test_what_students_inherit_fits_them(name):
     suite = load_suite(name)
     for row in suite.rows:
@@ -323,7 +336,7 @@ def test_the_documents_are_what_the_lines_say():
     assert (ROOT / "docs" / "results.md").read_text() == results.document()
     readme = (ROOT / "README.md").read_text()
     assert readme == results.with_tables(readme)
-    assert results.table(load_suite("digits_rcnn"), results.read_lines("digits_rcnn")) in readme
+    assert results.table(load_suite("digits_rcnn_100"), results.read_lines("digits_rcnn_100")) in readme
 
 
 def test_tables_in_a_text_are_written_anew(tmp_path):
