@@ -246,12 +246,12 @@ def prepare_digit_scenes() -> Path:
 
 
 def register_digit_scenes() -> None:
-    """Registers ``digit_scenes_train``, its first 50, 100, 200 and 400 images as ``digit_scenes_train_50`` and so on,
+    """Registers ``digit_scenes_train``, its first 100, 200 and 400 images as ``digit_scenes_train_100`` and so on,
     ``digit_scenes_val`` and ``digit_scenes_voc_val``; composes nothing yet."""
     folder = cache_dir()
     for split in SETTINGS["images"]:
         _register_coco(f"digit_scenes_{split}", folder / f"instances_{split}.json", folder / "JPEGImages")
-    for number in (50, 100, 200, 400):
+    for number in (100, 200, 400):
         name = f"digit_scenes_train_{number}"
         DatasetCatalog.register(name, lambda number=number: DatasetCatalog.get("digit_scenes_train")[:number])
         MetadataCatalog.get(name).set(thing_classes=CLASS_NAMES)

@@ -146,7 +146,7 @@ def suite_names() -> list[str]:
     """The suites that there are, as docs/results.md has them."""
     order = (
         "digits_rcnn",
-        "digits_rcnn_100",
+        "digits_rcnn_high_lr",
         "digits_retinanet",
         "digits_retinanet_200",
         "digits_aligned",

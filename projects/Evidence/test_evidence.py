@@ -317,7 +317,7 @@ def test_every_row_of_every_suite_can_be_read_and_every_line_has_a_row(name):
         assert len(config_hash(suite, row)) == 12
 
 
-@pytest.mark.parametrize("name", ["digits_rcnn", "digits_rcnn_100", "digits_retinanet", "digits_aligned", "bccd"])
+@pytest.mark.parametrize("name", ["digits_rcnn", "digits_rcnn_high_lr", "digits_retinanet", "digits_aligned", "bccd"])
 def test_what_students_inherit_fits_them(name):
     suite = load_suite(name)
     for row in suite.rows:
@@ -336,7 +336,7 @@ def test_the_documents_are_what_the_lines_say():
     assert (ROOT / "docs" / "results.md").read_text() == results.document()
     readme = (ROOT / "README.md").read_text()
     assert readme == results.with_tables(readme)
-    assert results.table(load_suite("digits_rcnn_100"), results.read_lines("digits_rcnn_100")) in readme
+    assert results.table(load_suite("digits_rcnn"), results.read_lines("digits_rcnn")) in readme
 
 
 def test_tables_in_a_text_are_written_anew(tmp_path):
