@@ -14,6 +14,7 @@ from distill.engine import Trainer
 from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, write_teacher
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "projects").glob("*/README.md"))]
 
 
 @pytest.fixture
@@ -33,6 +34,22 @@ def modules(tmp_path, monkeypatch):
     DISTILLER_REGISTRY._obj_map.update(known)
     for name in parts:
         sys.modules.pop(name, None)
+
+
+def anchors(page):
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for target, _, anchor in (link.partition("#") for link in links if not link.startswith("http")):
+        other = (page.parent / target) if target else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), f"{target}#{anchor}"
 
 
 def test_the_methods_page_shows_the_aligned_config_as_it_is():
