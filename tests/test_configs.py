@@ -77,18 +77,56 @@ def test_the_published_settings_of_knowledge_review():
         assert weight == cfg.DISTILL.REVIEW.LOSS_WEIGHT and cfg.DISTILL.REVIEW.MID_CHANNELS == 256
         assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.STEPS) == (180000, 8, (120000, 160000))
         assert (0.005 if name.startswith("retinanet") else 0.01) == cfg.SOLVER.BASE_LR
+        if "MobileNetV2" in name:
+            assert cfg.MODEL.BACKBONE.FREEZE_AT == 0
+        if name.startswith("retinanet"):
+            assert cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA == 0.1
 
 
 def test_the_published_settings_of_aligned_distillation():
+    # (images in a batch, learning rate, iterations) of the teacher and of the student
+    published = {
+        "fcos_R50": ((8, 0.01, 180000), (16, 0.01, 90000)),
+        "fcos_R50_x0.75": ((8, 0.01, 180000), (32, 0.02, 45000)),
+        "fcos_R50_x0.5": ((8, 0.01, 180000), (32, 0.01, 45000)),
+        "fcos_R50_x0.25": ((16, 0.01, 90000), (32, 0.02, 45000)),
+    }
     students = sorted((ROOT / "configs" / "aligned").glob("*[0-9].yaml"))
     assert len(students) == 10
     for path in students:
         cfg = load_config(str(path))
         teacher = load_config(str(ROOT / cfg.DISTILL.TEACHER.CONFIG_FILE))
-        voc = path.stem.startswith("voc")
-        assert (36000 if voc else 180000, 8) == (teacher.SOLVER.MAX_ITER, teacher.SOLVER.IMS_PER_BATCH)
-        assert (9000 if voc else 45000, 32) == (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH)
         assert (max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (800, 400, 667)
         assert cfg.DISTILL.ALIGNED.LOSS_WEIGHT == 0.6 and cfg.DISTILL.ALIGNED.WARMUP_ITERS == 500
         assert teacher.MODEL.RESNETS.WIDTH_MULT == cfg.MODEL.RESNETS.WIDTH_MULT
         assert str(Path(cfg.DISTILL.TEACHER.WEIGHTS).parent) == teacher.OUTPUT_DIR
+        images = [side.SOLVER.MAX_ITER * side.SOLVER.IMS_PER_BATCH for side in (teacher, cfg)]
+        assert images == ([288000, 288000] if path.stem.startswith("voc") else [1440000, 1440000])
+        if path.stem in published:
+            for side, settings in zip((teacher, cfg), published[path.stem]):
+                node = side.SOLVER
+                assert settings == (node.IMS_PER_BATCH, node.BASE_LR, node.MAX_ITER), path
+                assert node.WARMUP_ITERS == 500 and side.MODEL.FCOS.SCORE_THRESH_TEST == 0.05
+                assert side.MODEL.BACKBONE.FREEZE_AT == 0 and side.MODEL.RESNETS.NORM == "naiveSyncBN"
+
+
+@pytest.mark.parametrize("name, rate", [("faster_rcnn_R50_R101", 0.02), ("retinanet_R50_R101", 0.01)])
+def test_the_published_settings_of_global_knowledge(name, rate):
+    cfg = load_config(str(ROOT / "configs" / "global" / f"{name}.yaml"))
+    node, own = cfg.SOLVER, cfg.DISTILL.GLOBAL
+    assert (16, rate, 500) == (node.IMS_PER_BATCH, node.BASE_LR, node.WARMUP_ITERS)
+    epoch = 117266 / 16
+    assert [x / epoch for x in (*node.STEPS, node.MAX_ITER)] == pytest.approx([16, 22, 24], abs=0.01)
+    assert "COCO-Detection" in cfg.MODEL.WEIGHTS and cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    assert (own.LOCAL_FOREGROUND_WEIGHT, own.LOCAL_BACKGROUND_WEIGHT, own.GLOBAL_WEIGHT) == (1, 4, 5)
+
+
+def test_the_published_settings_of_structural_similarity():
+    for path in sorted((ROOT / "configs" / "structural").glob("*.yaml")):
+        node = load_config(str(path)).DISTILL.STRUCTURAL
+        assert node.SCALE == "own_minmax" and node.LOSS_WEIGHT in (2.0, 4.0)
+        assert (node.WINDOW_SIZE, node.SIGMA, node.EXPONENTS) == (11, 1.5, [1.0, 1.0, 1.0])
+    pair = load_config(str(ROOT / "configs" / "structural" / "faster_rcnn_R50_cascade_X101.yaml"))
+    teacher = load_config(str(ROOT / pair.DISTILL.TEACHER.CONFIG_FILE))
+    assert pair.DISTILL.STRUCTURAL.ADAPTATION == "1x1"
+    assert teacher.MODEL.ROI_HEADS.NAME == "CascadeROIHeads" and teacher.MODEL.RESNETS.NUM_GROUPS == 32

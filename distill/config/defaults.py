@@ -73,7 +73,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.DISTILL.STRUCTURAL.ADAPTATION = "auto"
     # How both sides come to one scale: "none" (as they are, in the teacher's range of the level over the batch),
     # "minmax" (the teacher's minimum and maximum of the level over the batch become 0 and 1) or "standard" (the
-    # teacher's mean and deviation of each channel become 0 and 1)
+    # teacher's mean and deviation of each channel become 0 and 1); or "own_minmax" (published: each side's own minimum
+    # and maximum become 0 and 1)
     _C.DISTILL.STRUCTURAL.SCALE = "none"
     # The Gaussian window, in cells, and the constants that keep the quotients stable
     _C.DISTILL.STRUCTURAL.WINDOW_SIZE = 11
@@ -109,7 +110,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.DISTILL.GLOBAL.DENSITY_QUANTILE = 0.4
     # Iterations from one search for prototypes to the next. 0: an epoch.
     _C.DISTILL.GLOBAL.UPDATE_PERIOD = 0
-    # Images that are searched for a class, and the shorter side of a box, in pixels as the detectors see it
+    # Images that are searched for a class, and what the shorter side of a box must exceed, in pixels of the image file
     _C.DISTILL.GLOBAL.MAX_IMAGES = 800
     _C.DISTILL.GLOBAL.MIN_BOX_SIZE = 30
     # Which boxes are compared, in all parts: "proposals" (the student's sampled positive ones; of a dense detector, the
@@ -121,8 +122,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Features, inside and outside of the boxes
     _C.DISTILL.GLOBAL.LOCAL_ON = True
     _C.DISTILL.GLOBAL.LOCAL_WEIGHT = 1.0
-    _C.DISTILL.GLOBAL.LOCAL_FOREGROUND_WEIGHT = 4.0
-    _C.DISTILL.GLOBAL.LOCAL_BACKGROUND_WEIGHT = 1.0
+    _C.DISTILL.GLOBAL.LOCAL_FOREGROUND_WEIGHT = 1.0
+    _C.DISTILL.GLOBAL.LOCAL_BACKGROUND_WEIGHT = 4.0
     # Empty: their squared difference. Or a distiller that takes weights, such as "ImitationDistiller", with the
     # settings of its own node but for WARMUP_ITERS and DECAY
     _C.DISTILL.GLOBAL.LOCAL_DISTILLER = ""

@@ -24,7 +24,6 @@ from ..losses import (
 )
 from ..modeling.views import DetectorView
 from ..prototypes.bank import PrototypeBank
-from .adaptation import build_adaptation
 from .base import Distiller, shared_levels
 from .build import DISTILLER_REGISTRY
 
@@ -101,7 +100,10 @@ class GlobalKnowledgeDistiller(Distiller):
                     "leaves out: give both the same levels."
                 )
         elif node.LOCAL_ON:
-            adaptation = build_adaptation(levels, student_shape, teacher_shape, "3x3")
+            # as torch initialises them, like the published ones
+            adaptation = nn.ModuleDict(
+                {x: nn.Conv2d(student_shape[x].channels, teacher_shape[x].channels, 3, padding=1) for x in levels}
+            )
         bank = PrototypeBank(levels, student_shape, teacher_shape, num_classes(cfg), node.NUM_PROTOTYPES)
         return {
             "levels": levels,
@@ -204,7 +206,8 @@ class GlobalKnowledgeDistiller(Distiller):
                 )
                 for level in self.levels
             ]
-            return torch.stack(parts).mean()
+            # published: the mean over the levels for a detector with a box head, the sum for a dense one
+            return torch.stack(parts).mean() if student.has_box_head else torch.stack(parts).sum()
         weights = {
             level: torch.where(mask < 0, self.background_weight, self.foreground_weight * mask)
             for level, mask in masks.items()

@@ -34,11 +34,11 @@ class AttentionBasedFusion(nn.Module):
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool, norm: str = "BN") -> None:
         super().__init__()
         self.reduce = Conv2d(in_channels, mid_channels, 1, bias=False, norm=get_norm(norm, mid_channels))
-        self.attention = Conv2d(2 * mid_channels, 2, 1, bias=False) if fuse else None
+        # with a bias and torch's initialisation, as published
+        self.attention = Conv2d(2 * mid_channels, 2, 1) if fuse else None
         self.project = Conv2d(mid_channels, out_channels, 3, padding=1, bias=False, norm=get_norm(norm, out_channels))
-        for conv in (self.reduce, self.attention, self.project):
-            if conv is not None:
-                nn.init.kaiming_uniform_(conv.weight, a=1)
+        for conv in (self.reduce, self.project):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, features: Tensor, coarser: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """

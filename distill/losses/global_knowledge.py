@@ -39,7 +39,9 @@ def box_means(features: Tensor, boxes: Sequence[Tensor], stride: float) -> Tenso
 
 
 def box_levels(boxes: Tensor, num_levels: int) -> Tensor:
-    """The level that a box belongs to by its size: floor(log2(sqrt(area) / 56)), clamped to the levels there are.
+    """The level that a box belongs to by its size: floor(log2(sqrt((w + 1) (h + 1)) / 56 + 1e-6)), clamped.
+
+    The extra pixel of each side is that of the published code.
 
     Args:
         boxes: ``Tensor[R, 4]``, corners in pixels.
@@ -48,13 +50,15 @@ def box_levels(boxes: Tensor, num_levels: int) -> Tensor:
     Returns:
         ``LongTensor[R]``: 0 for the finest.
     """
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    level = torch.log2(area.clamp(min=1e-6).sqrt() / 56).floor()
+    area = (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)
+    level = torch.log2(area.sqrt() / 56 + 1e-6).floor()
     return level.clamp(0, num_levels - 1).long()
 
 
 def box_mask(boxes: Sequence[Tensor], values: Sequence[Tensor], size: tuple[int, int], stride: float) -> Tensor:
-    """Paints each box's value over its cells, the same as in :func:`box_means`; the larger value where boxes overlap.
+    """Paints each box's value over its cells; the larger value where boxes overlap.
+
+    A box's cells are those from floor(x0 / stride) to floor(x1 / stride) exclusive, but at least one; y alike.
 
     Args:
         boxes: for each image a ``Tensor[M, 4]``, corners in pixels.
@@ -67,19 +71,23 @@ def box_mask(boxes: Sequence[Tensor], values: Sequence[Tensor], size: tuple[int,
     """
     masks = []
     for corners, value in zip(boxes, values, strict=True):
-        inside = [_between(*cells, length) for cells, length in zip(_cells(corners, size, stride)[::-1], size)]
+        inside = []
+        for (first, last), length in zip(_cells(corners, size, stride, clip_end=False)[::-1], size):
+            inside.append(_between(first, torch.maximum(last - 1, first), length))
         painted = torch.where(inside[0][:, :, None] & inside[1][:, None, :], value[:, None, None].float(), -1.0)
         masks.append(painted.amax(0) if len(painted) else painted.new_full(size, -1.0))
     return torch.stack(masks)[:, None]
 
 
 def _cells(
-    corners: Tensor, size: tuple[int, int], stride: float
+    corners: Tensor, size: tuple[int, int], stride: float, clip_end: bool = True
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """First and last column, and first and last row, of each box."""
+    """The columns, and the rows, of each box's two corners; the second may be one past the map if not ``clip_end``."""
     cells = (corners / stride).floor().long()
-    x0, y0, x1, y1 = (cells[:, i].clamp(0, size[1 - i % 2] - 1) for i in range(4))
-    return (x0, x1), (y0, y1)
+    ends = [length - (1 if clip_end else 0) for length in size]
+    first = [cells[:, i].clamp(0, size[1 - i] - 1) for i in (0, 1)]
+    last = [cells[:, i + 2].clamp(0, ends[1 - i]) for i in (0, 1)]
+    return (first[0], last[0]), (first[1], last[1])
 
 
 def _between(first: Tensor, last: Tensor, length: int) -> Tensor:
@@ -147,11 +155,11 @@ def global_knowledge_loss(student_similarity: Tensor, teacher_similarity: Tensor
 
 @in_float32
 def local_knowledge_loss(
-    student: Tensor, teacher: Tensor, mask: Tensor, foreground_weight: float = 4.0, background_weight: float = 1.0
+    student: Tensor, teacher: Tensor, mask: Tensor, foreground_weight: float = 1.0, background_weight: float = 4.0
 ) -> Tensor:
     """Squared difference of a level's features, by robustness inside instances and by 1 outside.
 
-    Each part is Σ m (s - t)² / (2 max(Σ m, 1)) over images, channels and cells, m its mask.
+    Each part is Σ m (s - t)² / max(2 Σ m, 1) over images, channels and cells, m its mask.
 
     Args:
         student: ``Tensor[N, C, H, W]``, adapted to the teacher's channels.
@@ -166,7 +174,7 @@ def local_knowledge_loss(
     errors = (student - teacher).square().sum(1, keepdim=True)
     total = 0.0
     for weight, part in ((foreground_weight, mask.clamp(min=0)), (background_weight, (mask < 0).to(errors.dtype))):
-        norm = 2 * (student.shape[1] * part.sum()).clamp(min=1)
+        norm = (2 * student.shape[1] * part.sum()).clamp(min=1)
         total = total + weight * (errors * part).sum() / norm
     return total
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .precision import in_float32
 from .pyramid import check_pyramids
 
-SCALES = ("minmax", "standard", "none")
+SCALES = ("own_minmax", "minmax", "standard", "none")
 
 
 @in_float32
@@ -111,12 +111,13 @@ def structural_loss(
     k2: float = 0.03,
     exponents: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Tensor:
-    """(1 - SSIM) / 2, averaged over channels and windows of a level, then over the levels.
+    """(1 - SSIM) / 2, averaged over channels and windows of a level, summed over the levels.
 
     Args:
         student: a ``Tensor[N, C, H, W]`` for each level.
         teacher: tensors of the same shapes.
-        scale: how both sides of a level come to one scale, by the teacher's statistics: "minmax" (its minimum and
+        scale: how both sides of a level come to one scale. "own_minmax": the minimum and maximum of each side over the
+            batch become 0 and 1, and L is 1. The others go by the teacher's statistics: "minmax" (its minimum and
             maximum over the batch become 0 and 1, L is 1), "standard" (mean and deviation of each channel become 0 and
             1, L is the channel's range), or "none" (L is the range of the level over the batch).
         window_size, sigma, k1, k2, exponents: see :func:`structural_similarity`.
@@ -133,17 +134,21 @@ def structural_loss(
         x, y, data_range = _to_one_scale(x, y, scale)
         similarity = structural_similarity(x, y, window_size, sigma, data_range, k1, k2, exponents)
         losses.append((1 - similarity.mean()) / 2)
-    return torch.stack(losses).mean()
+    return torch.stack(losses).sum()
 
 
 def _to_one_scale(x: Tensor, y: Tensor, scale: str) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Both maps on the scale of the second, and the range of the values there."""
+    """Both maps on one scale, that of the second unless each has its own, and the range of the values there."""
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}")
     if scale == "standard":
         mean, low, high = (f(y, (0, 2, 3), keepdim=True) for f in (torch.mean, torch.amin, torch.amax))
         deviation = _at_least_tiny((y - mean).square().mean((0, 2, 3), keepdim=True).sqrt(), mean)
         return (x - mean) / deviation, (y - mean) / deviation, _at_least_tiny(high - low, mean) / deviation
+    if scale == "own_minmax":
+        sides = [(side, *side.aminmax()) for side in (x, y)]
+        x, y = ((side - low) / _at_least_tiny(high - low, high) for side, low, high in sides)
+        return x, y, 1.0
     low, high = y.aminmax()
     spread = _at_least_tiny(high - low, high)
     if scale == "none":

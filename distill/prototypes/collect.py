@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MapDataset, detection_utils, get_detection_dataset_dicts
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from ..data.mapper import CheckedDatasetMapper
 from ..losses import box_means
 from ..modeling.distillation_model import DistillationModel
+from ..modeling.scaling import build_scaling
 
 
 def training_images(cfg: CfgNode) -> list[dict]:
@@ -55,6 +57,42 @@ def choose_images(images: Sequence[dict], max_images: int) -> dict[int, set[int]
     return chosen
 
 
+def large_annotations(image: dict, min_box_size: float) -> list[dict]:
+    """The annotations of an image whose boxes are large enough to be prototypes.
+
+    Args:
+        image: a record in Detectron2's data set format.
+        min_box_size: what the shorter side must exceed, in pixels of the image file.
+
+    Returns:
+        Those of its annotations.
+    """
+    return [
+        annotation
+        for annotation in image.get("annotations", ())
+        if min(BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)[2:]) > min_box_size
+    ]
+
+
+def whole_image_config(cfg: CfgNode) -> CfgNode:
+    """The config that resizes images for testing to the size that the teacher sees.
+
+    INPUT.*_TEST is the student's own size, and a student at INPUT_SCALE makes the images that it is given smaller.
+
+    Args:
+        cfg: the full config.
+
+    Returns:
+        A copy, not frozen.
+    """
+    factor = build_scaling(cfg).factor
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST *= factor
+    cfg.INPUT.MAX_SIZE_TEST *= factor
+    return cfg
+
+
 class InstanceCollector:
     """Collects this process's share of the instances. What the teacher sees of them is kept, the student's is not.
 
@@ -62,7 +100,7 @@ class InstanceCollector:
         cfg: the full config.
         levels: names of the levels.
         max_images: how many images a class may have.
-        min_box_size: the shorter side that a box must have, in pixels of the image as the detectors see it.
+        min_box_size: what the shorter side of a box must exceed, in pixels of the image file.
 
     Attributes:
         num_training_images: of the whole data set.
@@ -70,12 +108,13 @@ class InstanceCollector:
 
     def __init__(self, cfg: CfgNode, levels: Sequence[str], max_images: int, min_box_size: float) -> None:
         self._levels = list(levels)
-        self._min_box_size = min_box_size
         images = training_images(cfg)
         self.num_training_images = len(images)
+        images = [{**image, "annotations": large_annotations(image, min_box_size)} for image in images]
         chosen = choose_images(images, max_images)
         share = sorted(chosen)[comm.get_rank() :: comm.get_world_size()]
         records = [_slim_record(images[index], index, chosen[index]) for index in share]
+        cfg = whole_image_config(cfg)
         mapper = CheckedDatasetMapper(
             cfg,
             is_train=True,  # keeps the annotations
@@ -119,8 +158,7 @@ class InstanceCollector:
         try:
             for batch in tqdm(loader, "prototypes", unit="batch", disable=not comm.is_main_process(), mininterval=1.0):
                 student, teacher = model.frozen_views(batch)
-                kept = [self._select(x) for x in batch]
-                boxes = [x["instances"].gt_boxes.tensor[selected] for x, selected in zip(batch, kept)]
+                boxes = [x["instances"].gt_boxes.tensor for x in batch]
                 on_device = [x.to(model.student.device) for x in boxes]
                 for level in self._levels:
                     add(f"student.{level}", box_means(student.features[level], on_device, student.strides[level]))
@@ -128,10 +166,10 @@ class InstanceCollector:
                         means = box_means(teacher.features[level], on_device, teacher.strides[level])
                         add(f"teacher.{level}", means)
                 if first:
-                    for x, corners, selected in zip(batch, boxes, kept):
+                    for x, corners in zip(batch, boxes):
                         height, width = x["image"].shape[-2:]
                         scale = torch.tensor([x["width"] / width, x["height"] / height] * 2)
-                        add("labels", x["instances"].gt_classes[selected])
+                        add("labels", x["instances"].gt_classes)
                         add("images", torch.full((len(corners),), x["prototype_index"]))
                         add("boxes", corners * scale)
         finally:
@@ -140,11 +178,6 @@ class InstanceCollector:
         if first:
             self._kept = {name: values for name, values in collected.items() if not name.startswith("student.")}
         return {**self._kept, **collected}
-
-    def _select(self, x: dict) -> Tensor:
-        """Rows of an image's instances that are large enough."""
-        corners = x["instances"].gt_boxes.tensor
-        return ((corners[:, 2:] - corners[:, :2]).amin(1) >= self._min_box_size).nonzero()[:, 0]
 
 
 def _slim_record(image: dict, index: int, classes: set[int]) -> dict:

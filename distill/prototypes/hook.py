@@ -29,7 +29,7 @@ class PrototypeHook(HookBase):
         bank: where to put the prototypes.
         period: iterations from one search to the next; 0 for an epoch.
         max_images: how many images a class may have.
-        min_box_size: the shorter side that a box must have, in pixels of the image as the detectors see it.
+        min_box_size: what the shorter side of a box must exceed, in pixels of the image file.
         selection: arguments of :func:`select_prototypes`.
     """
 
@@ -89,8 +89,9 @@ class PrototypeHook(HookBase):
         )
         if not known:
             logger.warning(
-                f"No class has a prototype, so nothing global is learned: no box has a shorter side of at least "
-                f"DISTILL.GLOBAL.MIN_BOX_SIZE ({self._min_box_size} pixels), or a class has fewer than four."
+                f"No class has a prototype, so nothing global is learned: no box has a shorter side of more than "
+                f"DISTILL.GLOBAL.MIN_BOX_SIZE ({self._min_box_size} pixels of its file), or each class has fewer "
+                "than four."
             )
 
 

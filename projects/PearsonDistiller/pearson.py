@@ -12,8 +12,9 @@ from distill.losses import in_float32
 def add_config(cfg: CfgNode) -> None:
     """Adds DISTILL.PEARSON; called before a config that names this module in DISTILL.IMPORTS is read."""
     cfg.DISTILL.PEARSON = CfgNode()
-    add_weight_config(cfg.DISTILL.PEARSON)
-    # FPN levels to compare. Empty: all that student and teacher share.
+    # Published: 6 for a teacher with a box head (R-CNN), 10 for RetinaNet and FCOS
+    add_weight_config(cfg.DISTILL.PEARSON, loss_weight=6.0)
+    # FPN levels to compare. Empty: the four finest that student and teacher share, as published.
     cfg.DISTILL.PEARSON.LEVELS = []
 
 
@@ -29,8 +30,12 @@ def pearson_loss(student: Tensor, teacher: Tensor, weights: Tensor | None = None
     def average(x: Tensor) -> Tensor:
         return (x * weights).sum((0, 2, 3), keepdim=True)
 
-    centred = [x - average(x) for x in (student, teacher)]
-    standardized = [x / (average(x.square()) + 1e-6).sqrt() for x in centred]
+    # 1e-6 is added to the deviation, not inside its root, where it would drown one of 0.001. A constant channel counts
+    # as 0: it would have a gradient of a million.
+    standardized = []
+    for x in (student - average(student), teacher - average(teacher)):
+        deviation = average(x.square()).clamp(min=1e-14).sqrt()
+        standardized.append(torch.where(deviation > 1e-6, x / (deviation + 1e-6), 0.0))
     return average((standardized[0] - standardized[1]).square()).mean() / 2
 
 
@@ -48,6 +53,7 @@ class PearsonDistiller(Distiller):
     def from_config(cls, cfg: CfgNode, student_shape: dict, teacher_shape: dict) -> dict:
         node = cfg.DISTILL.PEARSON
         levels = shared_levels(node.LEVELS, student_shape, teacher_shape, "DISTILL.PEARSON.LEVELS")
+        levels = levels if node.LEVELS else levels[:4]
         adaptation = build_adaptation(levels, student_shape, teacher_shape)
         return {"levels": levels, "adaptation": adaptation, **cls.weight_settings(node)}
 

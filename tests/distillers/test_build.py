@@ -50,7 +50,10 @@ def test_other_strides_point_to_aligned_distillation():
         ({"DISTILL.REVIEW.LEVELS": ["p9"]}, "DISTILL.REVIEW.LEVELS asks for p9"),
         ({"DISTILL.REVIEW.CRITERION": "KL"}, "DISTILL.REVIEW.CRITERION is 'KL': expected 'HCL' or 'SSIM'"),
         ({"DISTILL.REVIEW.DECAY": 1.5}, "ReviewDistiller: DECAY is 1.5, expected the part"),
-        ({"DISTILL.STRUCTURAL.SCALE": "max"}, "STRUCTURAL.SCALE is 'max': expected one of minmax, standard, none"),
+        (
+            {"DISTILL.STRUCTURAL.SCALE": "max"},
+            "STRUCTURAL.SCALE is 'max': expected one of own_minmax, minmax, standard",
+        ),
         ({"DISTILL.STRUCTURAL.WINDOW_SIZE": 8}, "STRUCTURAL.WINDOW_SIZE is 8: expected an odd number"),
         ({"DISTILL.STRUCTURAL.SIGMA": 0.0}, "STRUCTURAL.SIGMA is 0.0: expected a number of cells above 0"),
         ({"DISTILL.STRUCTURAL.EXPONENTS": [1.0, -1.0, 0.0]}, "STRUCTURAL.EXPONENTS is .*: expected three numbers"),

@@ -63,10 +63,28 @@ def test_box_means_pass_the_gradient_to_the_cells():
 
 
 def test_box_levels_equal_the_formula():
-    sides = [1.0, 55.9, 56.0, 111.0, 112.5, 223.0, 225.0, 900.0, 5000.0]
+    sides = [1.0, 55.9, 56.0, 110.9, 111.1, 222.0, 223.5, 900.0, 5000.0]  # a side counts one pixel more
     boxes = torch.tensor([[3.0, 4.0, 3.0 + s, 4.0 + s] for s in sides] + [[5.0, 5.0, 5.0, 9.0]])
-    expected = [min(max(math.floor(math.log2(s / 56)), 0), 3) for s in sides] + [0]
+    expected = [min(max(math.floor(math.log2((s + 1) / 56)), 0), 3) for s in sides] + [0]
     assert box_levels(boxes, 4).tolist() == expected == [0, 0, 0, 0, 1, 1, 2, 3, 3, 0]
+
+
+def literal_mask_cells(box, height, width, stride):
+    """The published cells, ends exclusive; a box that spans none in a direction has its first cell there."""
+    x0, y0, x1, y1 = (math.floor(v / stride) for v in box)
+    first = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+    end = max(min(max(x1, 0), width), first[0] + 1), max(min(max(y1, 0), height), first[1] + 1)
+    return [(y, x) for y in range(first[1], end[1]) for x in range(first[0], end[0])]
+
+
+def test_box_mask_leaves_the_last_cell_out():
+    boxes = [torch.tensor([[8.0, 16.0, 31.0, 40.0], [49.0, 0.0, 50.0, 30.0], [100.0, 60.0, 999.0, 999.0]])]
+    mask = box_mask(boxes, [torch.tensor([0.5, 0.25, 1.0])], (12, 20), 8)[0, 0]
+    expected = torch.full((12, 20), -1.0)
+    expected[2:5, 1:3] = 0.5
+    expected[0:3, 6:7] = 0.25  # narrower than a cell
+    expected[7:12, 12:20] = 1.0  # up to the border
+    assert torch.equal(mask, expected)
 
 
 def test_box_mask_paints_the_larger_value_where_boxes_overlap():
@@ -75,7 +93,7 @@ def test_box_mask_paints_the_larger_value_where_boxes_overlap():
     mask = box_mask(boxes, values, (12, 20), 8)
     expected = np.full((2, 1, 12, 20), -1.0)
     for box, value in zip(boxes[0].tolist(), values[0].tolist()):
-        for y, x in literal_cells(box, 12, 20, 8):
+        for y, x in literal_mask_cells(box, 12, 20, 8):
             expected[0, 0, y, x] = max(expected[0, 0, y, x], value)
     np.testing.assert_allclose(mask.numpy(), expected, rtol=1e-6)
 
@@ -132,14 +150,15 @@ def test_local_loss_equals_the_literal_formula():
         part, weight = ("in", m) if m >= 0 else ("out", 1.0)
         sums[part] += weight * (student[n, c, y, x] - teacher[n, c, y, x]).item() ** 2
         norms[part] += weight
-    expected = sum(w * sums[k] / (2 * max(norms[k], 1)) for k, w in (("in", 3.0), ("out", 0.7)))
-    assert local_knowledge_loss(student, teacher, mask, 3.0, 0.7).item() == pytest.approx(expected, rel=1e-6)
+    for given, weights in (((3.0, 0.7), (3.0, 0.7)), ((), (1.0, 4.0))):  # published: inside times 1, outside times 4
+        expected = sum(w * sums[k] / max(2 * norms[k], 1) for k, w in zip(("in", "out"), weights))
+        assert local_knowledge_loss(student, teacher, mask, *given).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
 def test_local_loss_with_an_empty_part_is_finite(value):
     loss = local_knowledge_loss(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), torch.full((1, 1, 3, 3), value))
-    assert loss.item() == pytest.approx({-1.0: 0.5, 0.0: 0.0, 1.0: 2.0}[value])
+    assert loss.item() == pytest.approx({-1.0: 2.0, 0.0: 0.0, 1.0: 0.5}[value])
 
 
 def test_response_loss_equals_the_literal_formula():

@@ -13,7 +13,7 @@ from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.losses import box_means
 from distill.prototypes import select_prototypes
-from distill.prototypes.collect import InstanceCollector, choose_images, training_images
+from distill.prototypes.collect import InstanceCollector, choose_images, large_annotations, training_images
 from distill.prototypes.hook import PrototypeHook, find_prototypes
 from tests.helpers import detector_cfg, distillation_cfg, run_script, set_all, write_teacher
 
@@ -158,7 +158,7 @@ def test_collected_rows_are_the_features_of_the_annotated_boxes(tmp_path):
     register_datasets(cfg.DATASETS.REGISTER)
     model = Trainer.build_model(cfg).train()
     state = torch.random.get_rng_state()
-    collector = InstanceCollector(cfg, ["p2", "p4"], 800, 10)
+    collector = InstanceCollector(cfg, ["p2", "p4"], 800, 20)
     rows = collector.collect(model)
     assert torch.equal(torch.random.get_rng_state(), state)  # the training draws the same numbers
     images = training_images(cfg)
@@ -166,7 +166,7 @@ def test_collected_rows_are_the_features_of_the_annotated_boxes(tmp_path):
         (i, x["category_id"], *(v + d for v, d in zip(x["bbox"], (0, 0, *x["bbox"][:2]))))
         for i, image in enumerate(images)
         for x in image["annotations"]
-        if min(x["bbox"][2:]) * 64 / min(image["height"], image["width"]) >= 10
+        if min(x["bbox"][2:]) > 20  # in pixels of the file, not of the image resized to half its size
     )
     got = sorted(
         (i, label, *(round(v) for v in box))
@@ -188,6 +188,31 @@ def test_collected_rows_are_the_features_of_the_annotated_boxes(tmp_path):
     for side, view in (("student", student), ("teacher", teacher)):
         mean = box_means(view.features["p4"], [rows["boxes"][:1] * scale], 16)
         torch.testing.assert_close(rows[f"{side}.p4"][:1], mean, rtol=1e-3, atol=1e-3)
+
+
+def test_the_search_sees_the_scale_of_training(tmp_path):
+    """INPUT.*_TEST is the size of a half-size student, whose teacher sees twice that."""
+    sizes = {"INPUT.MIN_SIZE_TRAIN": [128], "INPUT.MAX_SIZE_TEST": 400}
+    cfg = make_cfg(tmp_path, "half", (96, 128), **{"DISTILL.STUDENT.INPUT_SCALE": 0.5, **sizes})
+    register_datasets(cfg.DATASETS.REGISTER)
+    model = Trainer.build_model(cfg).train()
+    seen = {"student": set(), "teacher": set()}
+    for side, backbone in (("student", model.student.backbone), ("teacher", model.teacher.model.backbone)):
+        backbone.register_forward_pre_hook(lambda _, args, side=side: seen[side].add(tuple(args[0].shape[2:])))
+    levels = list(model.distillers[NAME].prototypes.levels)
+    rows = InstanceCollector(cfg, levels, 800, 10).collect(model)
+    assert seen == {"student": {(64, 96)}, "teacher": {(128, 192)}}  # 64 x 86 and 128 x 171, padded
+    assert rows["boxes"][:, 2].max() > 64  # still in pixels of the file
+
+
+def test_small_boxes_take_no_image_from_large_ones(tmp_path):
+    cfg = make_cfg(tmp_path, "few", (120, 150), num_images=8, boxes_per_image=1)
+    register_datasets(cfg.DATASETS.REGISTER)
+    images = DatasetCatalog.get("few")
+    for index, image in enumerate(images):
+        image["annotations"][0].update(category_id=0, bbox=[0.0, 0.0, 30.0 + index % 2, 50.0])
+    large = [{**image, "annotations": large_annotations(image, 30)} for image in images]
+    assert len(choose_images(large, 4)) == 4 and all(index % 2 for index in choose_images(large, 800))
 
 
 def test_the_teacher_runs_in_the_first_search_only(tmp_path):
