@@ -19,9 +19,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from distill.config import load_config, resolve_config_file, student_config
+from distill.config import check_output_dir, check_solver, load_config, resolve_config_file, student_config
 from distill.data import check_datasets, register_datasets
-from distill.engine import Trainer, launch
+from distill.engine import Trainer, agreed_checkpoint, launch
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
 from distill.modeling.teacher import teacher_config
@@ -83,6 +83,9 @@ def setup(args: Namespace) -> CfgNode:
         cfg.SOLVER.AMP.ENABLED = False
     register_datasets(cfg.DATASETS.REGISTER)
     check_datasets(cfg)
+    if not args.eval_only:
+        check_solver(cfg, comm.get_world_size())
+    check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
     default_setup(cfg, Namespace(**{**vars(args), "config_file": resolve_config_file(args.config_file)[0]}))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
@@ -127,8 +130,8 @@ def main(args: Namespace) -> object:
     if args.eval_only:
         own = student_config(cfg)
         last = DetectionCheckpointer(torch.nn.Identity(), cfg.OUTPUT_DIR)
-        if args.resume and last.has_checkpoint():
-            own.MODEL.WEIGHTS = last.get_checkpoint_file()
+        if args.resume:
+            own.MODEL.WEIGHTS = agreed_checkpoint(last) or own.MODEL.WEIGHTS
         return evaluate(own, "model")
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
@@ -154,9 +157,23 @@ def run(args: Namespace) -> object:
         sys.exit(f"error: {str(error).rsplit('DistillError: ', 1)[-1].strip()}")
 
 
+def device_of(args: Namespace) -> str:
+    """Where the model of a command runs, which decides how several processes are started.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        MODEL.DEVICE, or "cpu" where there is no CUDA.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    return load_config(args.config_file, args.opts).MODEL.DEVICE if args.config_file else "cuda"
+
+
 if __name__ == "__main__":
     arguments = argument_parser().parse_args()
     try:
-        launch(run, arguments)
+        launch(run, arguments, device_of(arguments))
     except DistillError as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,8 @@
 """Starts the processes of a run: one, several by Detectron2's launcher or by torchrun, on CUDA or the CPU."""
 
+import ctypes
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,44 +19,72 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from ..errors import DistillError
 
 
-def launch(main: Callable[[Namespace], object], args: Namespace) -> None:
+def launch(main: Callable[[Namespace], object], args: Namespace, device: str = "cuda") -> None:
     """Runs ``main(args)`` in every process of the run.
 
     Under torchrun, this process is one of them. Otherwise ``args.num_gpus`` processes are started on each of
     ``args.num_machines``: on CUDA by Detectron2's launcher, on the CPU (which v0.6's launcher refuses) by torchrun,
-    with the command line of this process.
+    with the command line of this process. None of them outlives its parent.
 
     Args:
         main: the main function.
         args: what Detectron2's ``default_argument_parser`` gives.
+        device: where the model is to run, as MODEL.DEVICE says; on a machine without CUDA it is the CPU.
 
     Raises:
         DistillError: there are fewer GPUs than ``args.num_gpus``.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
         _join_torchrun()
-        try:
-            main(args)
-        finally:
-            dist.destroy_process_group()
+        main(args)
+        # not after a failure, where it would wait for the others inside a collective
+        dist.destroy_process_group()
         return
     processes = max(args.num_gpus, 1)
-    if processes * args.num_machines > 1 and not torch.cuda.is_available():
+    on_cuda = torch.cuda.is_available() and device != "cpu"
+    if processes * args.num_machines > 1 and not on_cuda:
         _start_torchrun(processes, args)
         return
-    if args.num_gpus > torch.cuda.device_count() and torch.cuda.is_available():
+    if on_cuda and args.num_gpus > torch.cuda.device_count():
         raise DistillError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
     try:
         detectron2_launch(
-            main,
+            _spawned if processes * args.num_machines > 1 else main,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
+            args=(main, args) if processes * args.num_machines > 1 else (args,),
         )
     except mp.ProcessExitedException as error:
         sys.exit(f"error: {error}: see its message above.")
+
+
+def ddp_device_ids(device: str) -> list[int] | None:
+    """What DistributedDataParallel is told of a model's device.
+
+    Args:
+        device: MODEL.DEVICE.
+
+    Returns:
+        The current GPU, which is not the local rank where each process sees one GPU alone (SLURM); None on the CPU.
+    """
+    return None if torch.device(device).type == "cpu" else [torch.cuda.current_device()]
+
+
+def _spawned(main: Callable[[Namespace], object], args: Namespace) -> None:
+    _end_with_parent()
+    main(args)
+
+
+def _end_with_parent() -> None:
+    """Has the kernel kill this process when its parent dies, or it would train on and write beside a resumed run."""
+    parent = os.getppid()
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of Linux's prctl
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _start_torchrun(processes: int, args: Namespace) -> None:

@@ -18,12 +18,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..config import scale_iterations
 from ..data import CheckedDatasetMapper
 from ..errors import DistillError
 from ..modeling import DistillationModel
 from ..modeling.backbones import freeze_unused_levels
 from ..modeling.checkpoint import describe_weights
+from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
 from .hooks import CheckGradients
+from .launch import ddp_device_ids
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +43,34 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # On the CPU, DDP takes no device_ids, which Detectron2 always passes unless it is told otherwise.
-        create_ddp_model = detectron2.engine.defaults.create_ddp_model
-        if cfg.MODEL.DEVICE == "cpu":
-            create_ddp_model = functools.partial(create_ddp_model, device_ids=None)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        # Detectron2 passes the local rank as DDP's device: wrong on the CPU, and where each process sees one GPU alone
+        create_ddp_model = functools.partial(
+            detectron2.engine.defaults.create_ddp_model, device_ids=ddp_device_ids(cfg.MODEL.DEVICE)
+        )
         with mock.patch.object(detectron2.engine.defaults, "create_ddp_model", create_ddp_model):
             super().__init__(cfg)
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """As Detectron2's, by SOLVER.REFERENCE_WORLD_SIZE; what DISTILL counts in iterations scales, too.
+
+        Args:
+            cfg: the full config.
+            num_workers: number of processes.
+
+        Returns:
+            The same config, or a scaled copy.
+        """
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is cfg or "DISTILL" not in cfg:
+            return scaled
+        frozen = scaled.is_frozen()
+        scaled.defrost()
+        scale_iterations(scaled.DISTILL, num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE)
+        if frozen:
+            scaled.freeze()
+        return scaled
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -147,30 +172,48 @@ class Trainer(DefaultTrainer):
             resume: whether to go on from the last checkpoint in OUTPUT_DIR, if there is one.
 
         Raises:
-            DistillError: the weights cannot be read.
+            DistillError: the weights cannot be read, or the processes do not go on from the same checkpoint.
         """
-        resumes = resume and self.checkpointer.has_checkpoint()
-        path = self.checkpointer.get_checkpoint_file() if resumes else self.cfg.MODEL.WEIGHTS
+        last = agreed_checkpoint(self.checkpointer) if resume else ""
+        path = last or self.cfg.MODEL.WEIGHTS
         try:
-            super().resume_or_load(resume)
+            super().resume_or_load(bool(last))
         except Exception as error:  # a missing or damaged file, another optimizer, other distillers
             hint = "to start anew, or with another optimizer or other distillers, leave --resume out"
             raise DistillError(
                 f"Cannot load {path!r} into the model: {error}. Check that the file exists and is complete; "
-                f"{hint if resumes else 'MODEL.WEIGHTS names it'}."
+                f"{hint if last else 'MODEL.WEIGHTS names it'}."
             ) from error
+        check_alike(self.start_iter, "The processes would start at different iterations", self.cfg.OUTPUT_DIR)
         model = self._unwrapped_model()
-        if not resumes and isinstance(model, DistillationModel):
+        if not last and isinstance(model, DistillationModel):
             model.start()
 
     def train(self) -> Any:
-        """Trains. If bad input ends the training, what was learned until then is saved, for ``--resume``."""
+        """Trains. If bad input ends the training, what was learned until then is saved, for ``--resume``.
+
+        Raises:
+            DistillError: the input was bad, or the training diverged.
+        """
         try:
             return super().train()
+        except FloatingPointError as error:  # Detectron2's, for a loss or proposals
+            raise DistillError(self._divergence(error)) from error
         except DistillError:
-            if comm.is_main_process() and self.iter > self.start_iter:
-                self.checkpointer.save(f"model_{self.iter - 1:07d}", iteration=self.iter - 1)
+            save_after_failure(self)
             raise
+
+    def _divergence(self, error: FloatingPointError) -> str:
+        before = {k: f"{v:.4g}" for k, (v, _) in self.storage.latest().items() if "loss" in k and "/" not in k}
+        path = last_finite_checkpoint(self.cfg.OUTPUT_DIR)
+        distilled = isinstance(self._unwrapped_model(), DistillationModel)
+        return (
+            f"The training diverged in iteration {self.iter}: {' '.join(str(error).split())} The losses before: "
+            f"{before or 'none'}. Lower SOLVER.BASE_LR ({self.cfg.SOLVER.BASE_LR:g})"
+            f"{', or the distillers by LOSS_WEIGHT or DISTILL.BALANCE,' if distilled else ''} or raise "
+            f"SOLVER.WARMUP_ITERS ({self.cfg.SOLVER.WARMUP_ITERS}), or clip by SOLVER.CLIP_GRADIENTS.ENABLED True. "
+            f"{f'The last checkpoint with finite weights: {path}' if path else 'No checkpoint with finite weights.'}"
+        )
 
     def _unwrapped_model(self) -> nn.Module:
         model = self._trainer.model

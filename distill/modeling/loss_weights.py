@@ -202,6 +202,15 @@ def _squared_gradient_norm(losses: Mapping[str, Tensor], inputs: Sequence[Tensor
     for scale in (2.0**16, 2.0**8, 1.0):
         gradients = torch.autograd.grad(total * scale, inputs, retain_graph=True, allow_unused=True)
         norm = sum(((x.float() / scale).square().sum() for x in gradients if x is not None), torch.zeros_like(norm))
-        if norm.isfinite():
+        if _all_agree(norm.isfinite()):
             break
     return norm
+
+
+def _all_agree(flag: Tensor) -> bool:
+    """Whether a flag is set in all processes. A process that went on alone would wait for the others in the collectives
+    of a backward pass, such as those of SyncBN."""
+    if comm.get_world_size() > 1:
+        flag = flag.to(torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)

@@ -1,0 +1,72 @@
+"""Checks of numbers and folders before anything is built, and how schedules scale with the number of processes."""
+
+import os
+import tempfile
+
+from detectron2.config import CfgNode
+
+from ..errors import DistillError
+
+# keys of DISTILL and its distillers that count iterations
+_ITERATIONS = ("WARMUP_ITERS", "UPDATE_PERIOD", "GRADIENT_LOG_PERIOD")
+
+
+def check_solver(cfg: CfgNode, num_workers: int) -> None:
+    """Checks the numbers that a training rests on.
+
+    Args:
+        cfg: the full config.
+        num_workers: number of processes.
+
+    Raises:
+        DistillError: one of them is impossible.
+    """
+    node = cfg.SOLVER
+    batch, reference = node.IMS_PER_BATCH, node.REFERENCE_WORLD_SIZE
+    workers = reference or num_workers
+    expected = {
+        "REFERENCE_WORLD_SIZE": (reference >= 0, "the number of GPUs that the schedule is for, or 0 for no scaling"),
+        "IMS_PER_BATCH": (
+            batch > 0 and (workers < 1 or batch % workers == 0),
+            f"a number of images above 0 that the {workers} processes can share evenly, such as "
+            f"{max(1, round(batch / max(workers, 1))) * max(workers, 1)}",
+        ),
+        "MAX_ITER": (node.MAX_ITER > 0, "a number of iterations above 0"),
+        "BASE_LR": (node.BASE_LR >= 0, "a learning rate, such as 0.01"),
+    }
+    for key, (is_valid, meaning) in expected.items():
+        if not is_valid:
+            raise DistillError(f"SOLVER.{key} is {node[key]}: expected {meaning}.")
+
+
+def check_output_dir(folder: str) -> None:
+    """Makes sure that a run can write its results.
+
+    Args:
+        folder: OUTPUT_DIR.
+
+    Raises:
+        DistillError: it cannot be made or written to.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DistillError(
+            f"OUTPUT_DIR is {folder!r}, which cannot be written: {error}. Name a folder that you may write to."
+        ) from error
+
+
+def scale_iterations(node: CfgNode, scale: float) -> None:
+    """Divides the iterations that DISTILL counts, as Detectron2 does those of SOLVER by REFERENCE_WORLD_SIZE; in place.
+
+    Args:
+        node: DISTILL, not frozen.
+        scale: how many times more processes there are than the schedule is for.
+    """
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            scale_iterations(value, scale)
+        elif key in _ITERATIONS and value > 0:
+            node[key] = max(1, round(value / scale))

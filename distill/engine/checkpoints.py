@@ -1,0 +1,115 @@
+"""Checkpoints of a run: the same one in all processes, and one that survives a failure."""
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import torch
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer
+
+from ..errors import DistillError
+
+logger = logging.getLogger(__name__)
+
+
+def agreed_checkpoint(checkpointer: Checkpointer) -> str:
+    """The last checkpoint of OUTPUT_DIR, which all processes must see alike.
+
+    Args:
+        checkpointer: of the run, in every process.
+
+    Returns:
+        Its path; empty if there is none.
+
+    Raises:
+        DistillError: in all processes, if they see different ones, as without a shared disk.
+    """
+    path = checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else ""
+    check_alike(path or "none", "--resume finds different checkpoints", checkpointer.save_dir)
+    return path
+
+
+def check_alike(value: Any, problem: str, folder: str) -> None:
+    """Refuses to go on where the processes of a run differ.
+
+    Args:
+        value: what this process has.
+        problem: what is wrong if others have something else.
+        folder: OUTPUT_DIR, for the message.
+
+    Raises:
+        DistillError: in all processes, if they differ.
+    """
+    values = comm.all_gather(value)
+    if any(other != values[0] for other in values):
+        listed = ", ".join(f"process {rank}: {other}" for rank, other in enumerate(values))
+        raise DistillError(
+            f"{problem}: {listed}. All machines must see the same files: put OUTPUT_DIR ({folder!r}) on a disk that "
+            "they share, or copy it from the first machine to all others."
+        )
+
+
+def save_after_failure(trainer: DefaultTrainer) -> None:
+    """Saves what was learned until a failure, from the process that failed, for ``--resume``.
+
+    A file of its own is written and then renamed, so that several processes that fail at once, or one that is killed,
+    leave no half a checkpoint. Nothing is written where the weights are not finite.
+
+    Args:
+        trainer: in the midst of a step.
+    """
+    if trainer.iter <= trainer.start_iter:
+        return
+    checkpointer = trainer.checkpointer
+    model = checkpointer.model.state_dict()
+    if not is_finite(model):
+        logger.warning("Some weights are not finite, so no checkpoint is written.")
+        return
+    done = trainer.iter - 1
+    others = {name: other.state_dict() for name, other in checkpointer.checkpointables.items()}
+    if "trainer" in others:
+        others["trainer"]["iteration"] = done  # the step that failed is done again
+    name = f"model_{done:07d}.pth"
+    try:
+        _write(os.path.join(checkpointer.save_dir, name), {"model": model, **others, "iteration": done})
+        _write(os.path.join(checkpointer.save_dir, "last_checkpoint"), name)
+    except OSError as error:  # a full disk must not hide what failed before
+        logger.error(f"What was learned until here cannot be saved: {error}")
+        return
+    logger.info(f"Saved what was learned until here: {os.path.join(checkpointer.save_dir, name)}")
+
+
+def _write(path: str, content: Any) -> None:
+    temporary = f"{path}.{comm.get_rank()}.tmp"
+    if isinstance(content, str):
+        with open(temporary, "w") as f:
+            f.write(content)
+    else:
+        torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def is_finite(state: dict[str, Any]) -> bool:
+    """Whether all floating-point tensors of a state dict are finite."""
+    floats = (x for x in state.values() if isinstance(x, torch.Tensor) and x.is_floating_point())
+    return all(x.isfinite().all() for x in floats)
+
+
+def last_finite_checkpoint(folder: str) -> str:
+    """The newest checkpoint of a run whose weights are finite.
+
+    Args:
+        folder: its OUTPUT_DIR.
+
+    Returns:
+        Its path; empty if there is none.
+    """
+    paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".pth")]
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(Exception):  # a damaged file is not the one that is looked for
+            if is_finite(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]):
+                return path
+    return ""
