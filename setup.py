@@ -21,6 +21,9 @@ setup(
         "tqdm>=4.29,<5",  # progress of the search for prototypes; Detectron2 needs it itself
         "matplotlib>=3.5,<4",
         "scikit-learn>=1.1,<2",  # its bundled digits and photographs make the digit_scenes data set
+        # Detectron2's Visualizer, rotations and video code import cv2; headless, for no screen is needed
+        "opencv-python-headless>=4.8,<6",
+        "shapely>=2,<3",  # Detectron2 crops polygons with it (INPUT.CROP and the large-scale jitter, with masks)
         "setuptools<81",  # Detectron2 v0.6 imports pkg_resources
     ],
     # scikit-image: structural similarity is tested against its own

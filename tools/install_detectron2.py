@@ -3,8 +3,8 @@
 
 Detectron2 is on no package index under its own name. The source distribution ``pb1-detectron2`` 0.6
 carries the Python files of the official tag v0.6 (compared: identical) without the C++ sources. This
-script checks its sha256, unpacks it, applies the few renames that Detectron2's main branch has made since
-(``PATCHES`` below), puts an explaining stub in the place of the compiled extension, and installs the result
+script checks its sha256, unpacks it, applies a few of the changes that Detectron2's main branch has made
+since (``PATCHES`` below), puts an explaining stub in the place of the compiled extension, and installs the result
 as a pure-Python wheel named ``detectron2``. RoIAlign and NMS come from torchvision, so Faster, Mask and
 Cascade R-CNN, RetinaNet and FCOS train on CPU and CUDA. See docs/install.md.
 
@@ -69,13 +69,28 @@ PATCHES = [
         r"        import detectron2\._C as _C\n",
         "        import detectron2._C as _C\n\n        _C.get_compiler_version  # ImportError without the extension\n",
     ),
+    # as on main: torch no longer has caffe2, and only the export to caffe2 needs it
+    (
+        "detectron2/export/__init__.py",
+        r"from \.api import \*\n(from \.flatten .*\nfrom \.torchscript .*\n)",
+        r"\1" + "\ntry:\n    from caffe2.proto import caffe2_pb2 as _tmp\nexcept ImportError:\n    pass\n"
+        "else:\n    from .api import *\n",
+    ),
+    # as on main: Python 3.11 no longer samples from a set, which ends the training at the first image without a result
+    ("detectron2/data/common.py", r"sample\(self\._fallback_candidates,", "sample(list(self._fallback_candidates),"),
+    # as on main: torch 2.0 renamed the base class of its schedulers; by the old name the hook saves no state of theirs
+    ("detectron2/**/*.py", r"\blr_scheduler\._LRScheduler\b", "lr_scheduler.LRScheduler"),
+    # as on main: FCOS makes a norm of one channel to learn its type, and torch refuses 32 groups (GN) of one channel
+    ("detectron2/modeling/meta_arch/retinanet.py", r"get_norm\(norm, 1\)", "get_norm(norm, 32)"),
     # a pure-Python distribution named detectron2, the model zoo's configs inside
     ("setup.py", r'name="pb1-detectron2"', 'name="detectron2"'),
     ("setup.py", r"    ext_modules=get_extensions\(\),\n    cmdclass=.*\n", ""),
     ("setup.py", r"get_model_zoo_configs\(\)\}", '["configs/**/*.yaml", "configs/**/*.py"]}'),
     ("setup.py", r'find_packages\(exclude=\("configs", "tests\*"\)\)', 'find_packages(include=("detectron2*",))'),
-    # only for the caffe2 export, which torch no longer has, and for printing lazy configs
-    ("setup.py", r' +"(future|pydot|black==21\.4b2)",.*\n', ""),
+    # only for the caffe2 export
+    ("setup.py", r' +"(future|pydot)",.*\n', ""),
+    # as on main: LazyConfig.to_py formats with black, and any will do
+    ("setup.py", r'"black==21\.4b2"', '"black"'),
 ]
 
 

@@ -70,7 +70,8 @@ def measure_gradients() -> None:
     weights = LossWeights(nn.ModuleDict({"D": distiller}), period=1)
     with EventStorage():
         x = CountedAllReduce.apply(features)
-        weights({"loss_cls": (x * size).sum()}, {"D": {"loss_d": (x * size).sum() * 2}}, {"p2": features})
+        x = x.float()  # so that the loss itself is, as under autocast
+        weights({"loss_cls": (x * size).sum()}, {"D": {"loss_d": 2 * (x * size).sum()}}, {"p2": features})
     print(f"rank {comm.get_rank()} backward passes {CountedAllReduce.calls}", flush=True)
 
 
