@@ -65,9 +65,7 @@ def test_processes_that_see_different_checkpoints_are_refused(tmp_path):
     (out / "last_checkpoint").write_text("model_0000002.pth")
     result = run_script(WORKER, "unshared", str(tmp_path), timeout=300)
     assert result.returncode == 1 and "starts at" not in result.stdout
-    expected = (
-        "--resume finds different checkpoints: process 0: .*model_0000002.pth, process 1: none. .* on a disk"
-    )
+    expected = "--resume finds different checkpoints: process 0: .*model_0000002.pth, process 1: none. .* on a disk"
     assert re.search(expected, result.stderr), result.stderr[-3000:]
 
 
