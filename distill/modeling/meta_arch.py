@@ -6,15 +6,31 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch.fcos import FCOS as _FCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes, Instances
-from torch import nn
+from torch import Tensor, nn
 
 
 class FCOS(_FCOS):
-    """Detectron2's FCOS, which on v0.6 cannot label an image without boxes: this one can."""
+    """Detectron2's FCOS, which on v0.6 cannot label an image without boxes, and cannot train in mixed precision, where
+    its boxes and the annotations differ in type: this one can."""
 
     def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> tuple[list, list]:
         """See the base class. An image without boxes is given one that lies outside and that no point matches."""
         return super().label_anchors(anchors, [x if len(x) else self._unmatched(x) for x in gt_instances])
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list,
+        pred_centerness: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """See the base class. Predictions count in float32."""
+        logits, deltas, centerness = (
+            [level.float() for level in levels] for levels in (pred_logits, pred_anchor_deltas, pred_centerness)
+        )
+        return super().losses(anchors, logits, gt_labels, deltas, gt_boxes, centerness)
 
     def _unmatched(self, instances: Instances) -> Instances:
         return Instances(

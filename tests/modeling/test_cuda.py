@@ -46,14 +46,6 @@ MOST_COPIES = {
 }
 
 SIZES = [(64, 96), (61, 75)]
-FCOS_FAILS = pytest.param(
-    "fcos",
-    marks=pytest.mark.xfail(
-        raises=RuntimeError,
-        strict=True,
-        reason="giou_loss writes float32 overlaps into a float16 tensor: fvcore wants the boxes in one precision",
-    ),
-)
 # Every branch that makes tensors of its own
 VARIANTS = {
     "ReviewDistiller": {"ssim": {"REVIEW": {"CRITERION": "SSIM"}}},
@@ -152,7 +144,7 @@ def test_a_step_in_float32_stays_on_the_gpu(tmp_path, kind, half_size):
 
 
 @pytest.mark.parametrize("half_size", [False, True], ids=["full_size", "half_size"])
-@pytest.mark.parametrize("kind", [FCOS_FAILS if kind == "fcos" else kind for kind in DETECTORS])
+@pytest.mark.parametrize("kind", DETECTORS)
 def test_a_step_in_float16_stays_on_the_gpu(tmp_path, kind, half_size):
     model, batches = all_distillers(tmp_path, kind, half_size)
     seen = []

@@ -1,8 +1,10 @@
 """FCOS from a yaml config."""
 
+import torch
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
-from tests.helpers import detector_cfg
+from tests.helpers import detector_cfg, random_batch
 
 
 def test_every_key_reaches_the_model():
@@ -26,3 +28,16 @@ def test_every_key_reaches_the_model():
     convs = [m for m in model.head.cls_subnet if type(m).__name__ == "Conv2d"]
     assert len(convs) == 3 and model.head.cls_score.out_channels == model.num_classes == 6
     assert abs(model.head.cls_score.bias[0].sigmoid().item() - 0.2) < 1e-6
+
+
+def test_it_trains_in_mixed_precision():
+    model = build_model(detector_cfg("fcos")).train()
+    batch = random_batch((64, 96), (61, 75))
+    losses = []
+    for enabled in (True, False):
+        with EventStorage(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(model(batch))
+    sum(losses[0].values()).backward()
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(loss, losses[1][name], rtol=0.05, atol=0.02, msg=name)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
