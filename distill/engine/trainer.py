@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog, build_detection_test_loader, build_
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
@@ -25,7 +26,7 @@ from ..modeling import DistillationModel
 from ..modeling.backbones import freeze_unused_levels
 from ..modeling.checkpoint import describe_weights
 from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
-from .hooks import CheckGradients
+from .hooks import CheckGradients, DrawDenseDetections
 from .launch import ddp_device_ids
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,9 @@ class Trainer(DefaultTrainer):
         if isinstance(model, DistillationModel):
             extra = [hook for distiller in model.distillers.values() for hook in distiller.build_hooks(model)]
             hooks[2:2] = [CheckGradients(model.distillers), *extra]  # behind the timer and the learning rate
+            model = model.student
+        if self.cfg.VIS_PERIOD > 0 and isinstance(model, DenseDetector):
+            hooks[2:2] = [DrawDenseDetections(model, self.cfg.VIS_PERIOD)]
         return hooks
 
     def resume_or_load(self, resume: bool = True) -> None:

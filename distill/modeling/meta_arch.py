@@ -53,7 +53,7 @@ def build_fcos(cfg: CfgNode) -> FCOS:
     backbone = build_backbone(cfg)
     shape = backbone.output_shape()
     in_shape = [shape[level] for level in node.IN_FEATURES]
-    return FCOS(
+    detector = FCOS(
         backbone=backbone,
         head=FCOSHead(
             input_shape=in_shape,
@@ -74,6 +74,8 @@ def build_fcos(cfg: CfgNode) -> FCOS:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
+    detector.input_format = cfg.INPUT.FORMAT  # its drawing asks for it
+    return detector
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -138,3 +138,19 @@ def test_evaluator_by_type(tmp_path):
     MetadataCatalog.get("strange").evaluator_type = "lvis"
     with pytest.raises(DistillError, match="strange has the evaluator_type 'lvis'"):
         Trainer.build_evaluator(cfg, "strange")
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])
+def test_pictures_of_a_distilled_training_reach_tensorboard(tmp_path, kind):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = str(tmp_path / "out")
+    settings = {"SOLVER.MAX_ITER": 1, "VIS_PERIOD": 1, "OUTPUT_DIR": out}
+    cfg = distillation_cfg(detector_cfg(kind, **settings), write_teacher(tmp_path, detector_cfg(kind)))
+    trainer = OneBatchTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    events = EventAccumulator(out)
+    events.Reload()
+    assert len(events.Tags()["images"]) >= 1
+    assert all(events.Images(tag)[0].width > 64 for tag in events.Tags()["images"])
