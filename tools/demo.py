@@ -19,9 +19,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
+from detectron2.utils.visualizer import Visualizer
 from runs import TrainingFailed, read_metrics, train
 from tabulate import tabulate
 
@@ -33,6 +34,7 @@ from distill.modeling.checkpoint import load_detector
 STAGES = {"teacher": "teacher", "student": "student", "student, distilled": "review"}
 NUM_DRAWN, MIN_SCORE = 6, 0.5
 NUM_TIMED = 20
+SCALE = 3.0  # of the drawn images, whose 128 pixels hold no text
 
 
 def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> None:
@@ -91,47 +93,35 @@ def time_inference(models: dict[str, torch.nn.Module], inputs: list[dict]) -> di
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def draw(records: list[dict], detections: dict[str, list], class_names: list[str], path: Path) -> None:
+def draw(records: list[dict], detections: dict[str, list], metadata: Metadata, path: Path) -> None:
     """Draws images in rows: ground truth, and the detections of each model above MIN_SCORE.
 
     Args:
         records: the images, in Detectron2's data set format.
         detections: for each model a list of ``Instances``, one per image.
-        class_names: names of the classes.
+        metadata: of the data set, for the names of its classes.
         path: the PNG to write.
     """
     columns = ["ground truth", *detections]
     figure, axes = plt.subplots(len(records), len(columns), figsize=(2.4 * len(columns), 2.4 * len(records)))
     for row, record in enumerate(records):
         image = read_image(record["file_name"], "RGB")
-        truth = [(*_corners(a["bbox"]), class_names[a["category_id"]]) for a in record["annotations"]]
-        found = {
-            name: [
-                (*box, f"{class_names[c]} {score:.1f}")
-                for box, c, score in zip(x.pred_boxes.tensor.tolist(), x.pred_classes.tolist(), x.scores.tolist())
-                if score >= MIN_SCORE
-            ]
-            for name, instances in detections.items()
-            for x in [instances[row]]
-        }
-        for column, boxes in enumerate([truth, *found.values()]):
-            axis = axes[row, column]
-            axis.imshow(image)
+        drawn = [Visualizer(image, metadata, SCALE).draw_dataset_dict(_boxes_alone(record))]
+        for instances in detections.values():
+            sure = instances[row][instances[row].scores >= MIN_SCORE]
+            drawn.append(Visualizer(image, metadata, SCALE).draw_instance_predictions(sure))
+        for axis, name, picture in zip(axes[row], columns, drawn):
+            axis.imshow(picture.get_image())
             axis.axis("off")
             if row == 0:
-                axis.set_title(columns[column], fontsize=10)
-            for x0, y0, x1, y1, label in boxes:
-                axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="lime", linewidth=1))
-                axis.text(x0, y0, label, color="black", backgroundcolor="lime", fontsize=5, va="bottom").set_bbox(
-                    {"facecolor": "lime", "pad": 0.5, "linewidth": 0}
-                )
+                axis.set_title(name, fontsize=10)
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=110)
 
 
-def _corners(xywh: list[float]) -> tuple[float, float, float, float]:
-    x, y, w, h = xywh
-    return x, y, x + w, y + h
+def _boxes_alone(record: dict) -> dict:
+    annotations = [{k: v for k, v in a.items() if k != "segmentation"} for a in record["annotations"]]
+    return {**record, "annotations": annotations}
 
 
 @torch.no_grad()
@@ -168,7 +158,7 @@ def main() -> None:
 
     detections = {name: [x["instances"].to("cpu") for x in model(inputs[:NUM_DRAWN])] for name, model in models.items()}
     picture = output / "detections.png"
-    draw(records[:NUM_DRAWN], detections, MetadataCatalog.get("digit_scenes_val").thing_classes, picture)
+    draw(records[:NUM_DRAWN], detections, MetadataCatalog.get("digit_scenes_val"), picture)
     print(f"\n{table}\n\nThe detections side by side: {picture}")
 
 
