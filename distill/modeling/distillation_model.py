@@ -145,6 +145,8 @@ class DistillationModel(Wrapper):
             for name, distiller in self.distillers.items():
                 distilled[name] = _checked(name, distiller(student, teacher), taken)
                 taken |= distilled[name].keys()
+            for tap in self._head_taps.values():  # a distiller that ran a head of the student's left a record, too
+                tap.forget()
         losses = dict(detection)
         if distilled:
             weights = self._loss_weights(detection, distilled, record[1])

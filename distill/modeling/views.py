@@ -40,6 +40,10 @@ class FeatureTap:
         record, self._record = self._record, None
         return record
 
+    def forget(self) -> None:
+        """Drops a record that nobody took, so that it holds no graph alive."""
+        self._record = None
+
 
 class DetectorView:
     """One detector's intermediate results on one batch. Whatever costs is computed when it is first asked for.
