@@ -25,9 +25,9 @@ one process, without what is done once in many steps (evaluation, measuring grad
 cells were not run, or not with today's config.
 
 All rows were run before the methods were put right by the authors' code: global knowledge with its factors inside and
-outside of the boxes exchanged (4 and 1 for 1 and 4), with the mean of RetinaNet's levels for their sum and an adaptation
-that starts as the identity; review without the attention's bias; the mean of structural similarity's levels for their
-sum, which `DISTILL.BALANCE` evens out.
+outside of boxes exchanged (4 and 1 for 1 and 4), with the mean of RetinaNet's levels for their sum, and with an
+adaptation that starts as the identity; review without the attention's bias; the mean of structural similarity's levels
+for their sum, which `DISTILL.BALANCE` evens out.
 """
 
 
