@@ -24,12 +24,12 @@ def check_solver(cfg: CfgNode, num_workers: int) -> None:
     node = cfg.SOLVER
     batch, reference = node.IMS_PER_BATCH, node.REFERENCE_WORLD_SIZE
     workers = reference or num_workers
+    evenly = f" that the {workers} processes can share evenly, such as {_evenly(batch, workers)}" if workers > 1 else ""
     expected = {
         "REFERENCE_WORLD_SIZE": (reference >= 0, "the number of GPUs that the schedule is for, or 0 for no scaling"),
         "IMS_PER_BATCH": (
             batch > 0 and (workers < 1 or batch % workers == 0),
-            f"a number of images above 0 that the {workers} processes can share evenly, such as "
-            f"{max(1, round(batch / max(workers, 1))) * max(workers, 1)}",
+            f"a number of images above 0{evenly}",
         ),
         "MAX_ITER": (node.MAX_ITER > 0, "a number of iterations above 0"),
         "BASE_LR": (node.BASE_LR >= 0, "a learning rate, such as 0.01"),
@@ -37,6 +37,10 @@ def check_solver(cfg: CfgNode, num_workers: int) -> None:
     for key, (is_valid, meaning) in expected.items():
         if not is_valid:
             raise DistillError(f"SOLVER.{key} is {node[key]}: expected {meaning}.")
+
+
+def _evenly(batch: int, workers: int) -> int:
+    return max(1, round(batch / workers)) * workers
 
 
 def check_output_dir(folder: str) -> None:

@@ -72,9 +72,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     # none where they agree
     _C.DISTILL.STRUCTURAL.ADAPTATION = "auto"
     # How both sides come to one scale: "none" (as they are, in the teacher's range of the level over the batch),
-    # "minmax" (the teacher's minimum and maximum of the level over the batch become 0 and 1) or "standard" (the
-    # teacher's mean and deviation of each channel become 0 and 1); or "own_minmax" (published: each side's own minimum
-    # and maximum become 0 and 1)
+    # "minmax" (the teacher's minimum and maximum of the level over the batch become 0 and 1), "own_minmax" (published:
+    # each side's own become 0 and 1) or "standard" (the teacher's mean and deviation of each channel become 0 and 1)
     _C.DISTILL.STRUCTURAL.SCALE = "none"
     # The Gaussian window, in cells, and the constants that keep the quotients stable
     _C.DISTILL.STRUCTURAL.WINDOW_SIZE = 11

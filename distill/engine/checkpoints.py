@@ -1,16 +1,20 @@
 """Checkpoints of a run: the same one in all processes, and one that survives a failure."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from ..errors import DistillError
+
+if TYPE_CHECKING:  # which imports this very module
+    from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -52,26 +56,26 @@ def check_alike(value: Any, problem: str, folder: str) -> None:
         )
 
 
-def save_after_failure(trainer: DefaultTrainer) -> None:
+def save_after_failure(trainer: Trainer) -> None:
     """Saves what was learned until a failure, from the process that failed, for ``--resume``.
 
     A file of its own is written and then renamed, so that several processes that fail at once, or one that is killed,
     leave no half a checkpoint. Nothing is written where the weights are not finite.
 
     Args:
-        trainer: in the midst of a step.
+        trainer: whose ``last_step`` is the last that it did; None for none.
     """
-    if trainer.iter <= trainer.start_iter:
+    done = trainer.last_step
+    if done is None:
         return
     checkpointer = trainer.checkpointer
     model = checkpointer.model.state_dict()
     if not is_finite(model):
         logger.warning("Some weights are not finite, so no checkpoint is written.")
         return
-    done = trainer.iter - 1
     others = {name: other.state_dict() for name, other in checkpointer.checkpointables.items()}
     if "trainer" in others:
-        others["trainer"]["iteration"] = done  # the step that failed is done again
+        others["trainer"]["iteration"] = done  # a step that failed is done again, one that was done is not
     name = f"model_{done:07d}.pth"
     try:
         _write(os.path.join(checkpointer.save_dir, name), {"model": model, **others, "iteration": done})

@@ -42,20 +42,21 @@ def launch(main: Callable[[Namespace], object], args: Namespace, device: str = "
         dist.destroy_process_group()
         return
     processes = max(args.num_gpus, 1)
+    is_distributed = processes * args.num_machines > 1
     on_cuda = torch.cuda.is_available() and device != "cpu"
-    if processes * args.num_machines > 1 and not on_cuda:
+    if is_distributed and not on_cuda:
         _start_torchrun(processes, args)
         return
     if on_cuda and args.num_gpus > torch.cuda.device_count():
         raise DistillError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
     try:
         detectron2_launch(
-            _spawned if processes * args.num_machines > 1 else main,
+            _spawned if is_distributed else main,  # a single process is the user's own
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(main, args) if processes * args.num_machines > 1 else (args,),
+            args=(main, args) if is_distributed else (args,),
         )
     except mp.ProcessExitedException as error:
         sys.exit(f"error: {error}: see its message above.")

@@ -44,6 +44,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        self.last_step: int | None = None  # the last that was done, counted from 0
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         # Detectron2 passes the local rank as DDP's device: wrong on the CPU, and where each process sees one GPU alone
         create_ddp_model = functools.partial(
@@ -64,8 +65,8 @@ class Trainer(DefaultTrainer):
             The same config, or a scaled copy.
         """
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
-        if scaled is cfg or "DISTILL" not in cfg:
-            return scaled
+        if scaled is cfg:
+            return cfg
         frozen = scaled.is_frozen()
         scaled.defrost()
         scale_iterations(scaled.DISTILL, num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE)
@@ -180,18 +181,27 @@ class Trainer(DefaultTrainer):
         """
         last = agreed_checkpoint(self.checkpointer) if resume else ""
         path = last or self.cfg.MODEL.WEIGHTS
+        failure, message = None, ""
         try:
             super().resume_or_load(bool(last))
         except Exception as error:  # a missing or damaged file, another optimizer, other distillers
+            failure, message = error, str(error) or type(error).__name__
+        message = next(filter(None, comm.all_gather(message)), "")  # where one fails, the others must not wait for it
+        if message:
             hint = "to start anew, or with another optimizer or other distillers, leave --resume out"
             raise DistillError(
-                f"Cannot load {path!r} into the model: {error}. Check that the file exists and is complete; "
+                f"Cannot load {path!r} into the model: {message}. Check that the file exists and is complete; "
                 f"{hint if last else 'MODEL.WEIGHTS names it'}."
-            ) from error
+            ) from failure
         check_alike(self.start_iter, "The processes would start at different iterations", self.cfg.OUTPUT_DIR)
         model = self._unwrapped_model()
         if not last and isinstance(model, DistillationModel):
             model.start()
+
+    def run_step(self) -> None:
+        """One training step."""
+        super().run_step()
+        self.last_step = self.iter
 
     def train(self) -> Any:
         """Trains. If bad input ends the training, what was learned until then is saved, for ``--resume``.

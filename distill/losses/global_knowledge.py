@@ -71,23 +71,22 @@ def box_mask(boxes: Sequence[Tensor], values: Sequence[Tensor], size: tuple[int,
     """
     masks = []
     for corners, value in zip(boxes, values, strict=True):
-        inside = []
-        for (first, last), length in zip(_cells(corners, size, stride, clip_end=False)[::-1], size):
-            inside.append(_between(first, torch.maximum(last - 1, first), length))
+        cells = _cells(corners, size, stride, exclusive=True)
+        inside = [_between(*ends, length) for ends, length in zip(cells[::-1], size)]
         painted = torch.where(inside[0][:, :, None] & inside[1][:, None, :], value[:, None, None].float(), -1.0)
         masks.append(painted.amax(0) if len(painted) else painted.new_full(size, -1.0))
     return torch.stack(masks)[:, None]
 
 
 def _cells(
-    corners: Tensor, size: tuple[int, int], stride: float, clip_end: bool = True
+    corners: Tensor, size: tuple[int, int], stride: float, exclusive: bool = False
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The columns, and the rows, of each box's two corners; the second may be one past the map if not ``clip_end``."""
+    """First and last column, and first and last row, of each box; ``exclusive``: without the cell of its end, if it has
+    another one."""
     cells = (corners / stride).floor().long()
-    ends = [length - (1 if clip_end else 0) for length in size]
-    first = [cells[:, i].clamp(0, size[1 - i] - 1) for i in (0, 1)]
-    last = [cells[:, i + 2].clamp(0, ends[1 - i]) for i in (0, 1)]
-    return (first[0], last[0]), (first[1], last[1])
+    x0, y0 = (cells[:, i].clamp(0, size[1 - i] - 1) for i in (0, 1))
+    x1, y1 = ((cells[:, 2 + i] - int(exclusive)).clamp(max=size[1 - i] - 1) for i in (0, 1))
+    return (x0, x1.maximum(x0)), (y0, y1.maximum(y0))
 
 
 def _between(first: Tensor, last: Tensor, length: int) -> Tensor:

@@ -32,11 +32,17 @@ class FailingTrainer(Trainer):
             yield random_batch((64, 96))
 
 
+def unreadable(*args, **kwargs) -> None:
+    raise OSError("No such file")
+
+
 def train(resume: bool) -> None:
     cfg = load_config(str(FOLDER / "cfg.yaml"))
     if MODE == "unshared":  # each process has a disk of its own, and only the first one's holds a checkpoint
         cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}{comm.get_rank()}"
     trainer = FailingTrainer(cfg)
+    if MODE == "unreadable" and comm.get_rank() == 1:
+        trainer.checkpointer.load = unreadable
     trainer.resume_or_load(resume=resume)
     print(f"rank {comm.get_rank()} starts at {trainer.start_iter}", flush=True)
     trainer.train()

@@ -69,6 +69,29 @@ def test_processes_that_see_different_checkpoints_are_refused(tmp_path):
     assert re.search(expected, result.stderr), result.stderr[-3000:]
 
 
+def test_weights_that_one_process_cannot_read_end_all_of_them(tmp_path):
+    write_cfg(tmp_path)
+    result = run_script(WORKER, "unreadable", str(tmp_path), timeout=300)
+    assert result.returncode == 1 and "starts at" not in result.stdout
+    assert result.stderr.count("DistillError: Cannot load '' into the model: No such file") == 2
+
+
+def test_a_failure_after_the_last_step_costs_no_step(tmp_path):
+    class Unreadable(HookBase):
+        def after_step(self):
+            if self.trainer.iter == self.trainer.max_iter - 1:
+                raise DistillError("an unreadable test image")
+
+    trainer = OneBatchTrainer(write_cfg(tmp_path))
+    trainer.resume_or_load(resume=False)
+    trainer.register_hooks([Unreadable()])
+    with pytest.raises(DistillError, match="test image"):
+        trainer.train()
+    resumed = OneBatchTrainer(write_cfg(tmp_path))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 6
+
+
 def test_no_process_outlives_its_parent(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, WORKER, "sleep", str(tmp_path)],
@@ -190,7 +213,10 @@ def test_the_trainer_scales_the_model_and_the_schedule_alike(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH is 0: expected a number of images above 0"),
+        (
+            {"IMS_PER_BATCH": 0},
+            "SOLVER.IMS_PER_BATCH is 0: expected a number of images above 0 that the 2 .*, such as 2",
+        ),
         ({"IMS_PER_BATCH": 3}, "SOLVER.IMS_PER_BATCH is 3: .* 2 processes can share evenly, such as 4"),
         ({"MAX_ITER": -5}, "SOLVER.MAX_ITER is -5: expected a number of iterations above 0"),
         ({"REFERENCE_WORLD_SIZE": -1}, "SOLVER.REFERENCE_WORLD_SIZE is -1: expected the number of GPUs"),
