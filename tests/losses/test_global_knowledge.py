@@ -161,6 +161,14 @@ def test_local_loss_with_an_empty_part_is_finite(value):
     assert loss.item() == pytest.approx({-1.0: 2.0, 0.0: 0.0, 1.0: 0.5}[value])
 
 
+def test_local_loss_divides_by_twice_the_mask_or_one():
+    mask = torch.full((1, 1, 3, 3), -1.0)
+    for value, norm in ((0.3, 2 * 2 * 0.3), (0.1, 1.0)):  # a cell of two channels: 1.2, and 0.4, which counts as 1
+        mask[0, 0, 1, 1] = value
+        loss = local_knowledge_loss(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), mask, 1.0, 0.0)
+        assert loss.item() == pytest.approx(2 * value / norm)
+
+
 def test_response_loss_equals_the_literal_formula():
     student, teacher = torch.randn(2, 6, 4, dtype=torch.float64) * 3
     weights = torch.rand(6, dtype=torch.float64)
