@@ -4,27 +4,29 @@
 python train_net.py --config-file CONFIG [--num-gpus N] [--resume] [--eval-only] [KEY VALUE ...]
 python train_net.py --config-file STUDENT --distill ReviewDistiller --teacher-config T [--teacher-weights W]
 python train_net.py --config-file CONFIG --eval-only --eval-teacher
+
+A config that ends in .py is a LazyConfig, with overrides as key=value.
 """
 
 import logging
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
-from distill.config import check_output_dir, check_solver, load_config, resolve_config_file, student_config
+from distill.config import check_output_dir, check_solver, student_config
 from distill.data import check_datasets, register_datasets
 from distill.engine import Trainer, agreed_checkpoint, launch
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
-from distill.modeling.teacher import teacher_config
+from distill.modeling.teacher import teacher_recipe
+from distill.recipes import Recipe, load_recipe, translate_message
 
 logger = logging.getLogger("distill")
 
@@ -40,41 +42,34 @@ def argument_parser() -> ArgumentParser:
     return parser
 
 
-def setup(args: Namespace) -> CfgNode:
+def setup(args: Namespace) -> Recipe:
     """Reads the config, applies the arguments, registers the data sets, and checks what can be checked.
 
     Args:
         args: the parsed command line.
 
     Returns:
-        The full config, frozen.
+        The recipe of the run, its config frozen.
 
     Raises:
         DistillError: see :mod:`distill.config` and :mod:`distill.data.register`.
     """
     if not args.config_file:
         raise DistillError("--config-file is missing. Give a config file, such as configs/demo/review.yaml.")
-    cfg = load_config(args.config_file, args.opts)
-    is_distilled = cfg.MODEL.META_ARCHITECTURE == "DistillationModel"
-    if args.distill:
-        if not is_distilled:
-            cfg.DISTILL.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
-            cfg.MODEL.META_ARCHITECTURE = "DistillationModel"
-        cfg.DISTILL.DISTILLERS = [name.strip() for name in args.distill.split(",")]
-    elif not is_distilled and (
-        cfg.DISTILL.DISTILLERS or cfg.DISTILL.STUDENT.INHERIT or cfg.DISTILL.STUDENT.INPUT_SCALE != 1
-    ):
-        raise DistillError(
-            f"{args.config_file} is not distilled (MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}), so its "
-            "DISTILL.DISTILLERS, STUDENT.INHERIT and STUDENT.INPUT_SCALE have no use: distil it by --distill NAMES "
-            "--teacher-config T."
-        )
-    elif (args.teacher_config or args.teacher_weights) and not (is_distilled or args.eval_teacher):
-        raise DistillError(f"{args.config_file} is not distilled, so its teacher has no use: add --distill NAMES.")
-    if args.teacher_config:
-        cfg.DISTILL.TEACHER.CONFIG_FILE = args.teacher_config
-    if args.teacher_weights:
-        cfg.DISTILL.TEACHER.WEIGHTS = args.teacher_weights
+    recipe = load_recipe(args.config_file, args.opts)
+    names = [name.strip() for name in args.distill.split(",")] if args.distill else []
+    node = recipe.cfg.DISTILL
+    if not names and not recipe.is_distilled:
+        if node.DISTILLERS or node.STUDENT.INHERIT or node.STUDENT.INPUT_SCALE != 1:
+            raise DistillError(
+                f"{args.config_file} is not distilled (MODEL.META_ARCHITECTURE is {recipe.cfg.MODEL.META_ARCHITECTURE})"
+                ", so its DISTILL.DISTILLERS, STUDENT.INHERIT and STUDENT.INPUT_SCALE have no use: distil it by "
+                "--distill NAMES --teacher-config T."
+            )
+        if (args.teacher_config or args.teacher_weights) and not args.eval_teacher:
+            raise DistillError(f"{args.config_file} is not distilled, so its teacher has no use: add --distill NAMES.")
+    recipe.set_distillation(names, args.teacher_config or "", args.teacher_weights or "")
+    cfg = recipe.cfg
     on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
@@ -84,29 +79,55 @@ def setup(args: Namespace) -> CfgNode:
     register_datasets(cfg.DATASETS.REGISTER)
     check_datasets(cfg)
     if not args.eval_only:
+        recipe.check()
         check_solver(cfg, comm.get_world_size())
     check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
-    default_setup(cfg, Namespace(**{**vars(args), "config_file": resolve_config_file(args.config_file)[0]}))
+    recipe.setup(args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     if on_cpu:
         logger.info("No CUDA GPU is available: running on the CPU.")
     if no_amp:
         logger.info("SOLVER.AMP.ENABLED needs CUDA: training in float32.")
-    return cfg
+    return recipe
 
 
-def evaluate(cfg: CfgNode, role: str) -> dict:
-    """Evaluates one detector, whose weights must fill it completely.
+def evaluate_teacher(recipe: Recipe) -> dict:
+    """Evaluates the teacher on the test sets of a run, resizing images as the teacher's own config says.
 
     Args:
-        cfg: its own config, without distillation.
-        role: what it is, for the messages.
+        recipe: of the run.
 
     Returns:
         Detectron2's results by task and metric.
     """
-    results = Trainer.test(cfg, load_detector(cfg, role))
+    cfg = recipe.cfg
+    own = teacher_recipe(cfg)
+    own.cfg.DATASETS = cfg.DATASETS
+    check_datasets(own.cfg)
+    reader = own if own.has_test_mapper else recipe
+    model = load_detector(own, "teacher")
+    results = recipe.evaluate(model, reader.build_mapper(image_format=own.cfg.INPUT.FORMAT), "teacher/inference")
+    if comm.is_main_process():
+        verify_results(own.cfg, results)
+    return results
+
+
+def evaluate_student(recipe: Recipe, resume: bool) -> dict:
+    """Evaluates the detector of a run, which of a distilled run is the student. Its weights must fill it completely.
+
+    Args:
+        recipe: of the run.
+        resume: whether to take the last checkpoint of OUTPUT_DIR, if there is one.
+
+    Returns:
+        Detectron2's results by task and metric.
+    """
+    cfg = recipe.cfg
+    recipe.cfg = own = student_config(cfg)
+    if resume:
+        own.MODEL.WEIGHTS = agreed_checkpoint(DetectionCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)) or own.MODEL.WEIGHTS
+    results = recipe.evaluate(load_detector(recipe, "model"))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
@@ -121,19 +142,12 @@ def main(args: Namespace) -> object:
     Returns:
         The results of the evaluation, if there was one.
     """
-    cfg = setup(args)
+    recipe = setup(args)
     if args.eval_teacher:
-        own = teacher_config(cfg)
-        own.DATASETS, own.OUTPUT_DIR = cfg.DATASETS, os.path.join(cfg.OUTPUT_DIR, "teacher")
-        check_datasets(own)
-        return evaluate(own, "teacher")
+        return evaluate_teacher(recipe)
     if args.eval_only:
-        own = student_config(cfg)
-        last = DetectionCheckpointer(torch.nn.Identity(), cfg.OUTPUT_DIR)
-        if args.resume:
-            own.MODEL.WEIGHTS = agreed_checkpoint(last) or own.MODEL.WEIGHTS
-        return evaluate(own, "model")
-    trainer = Trainer(cfg)
+        return evaluate_student(recipe, args.resume)
+    trainer = Trainer(recipe)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -154,7 +168,8 @@ def run(args: Namespace) -> object:
         return main(args)
     except DistillError as error:
         # a data loader's worker process wraps the message in its own traceback
-        sys.exit(f"error: {str(error).rsplit('DistillError: ', 1)[-1].strip()}")
+        message = str(error).rsplit("DistillError: ", 1)[-1].strip()
+        sys.exit(f"error: {translate_message(message) if args.config_file.endswith('.py') else message}")
 
 
 def device_of(args: Namespace) -> str:
@@ -168,7 +183,7 @@ def device_of(args: Namespace) -> str:
     """
     if not torch.cuda.is_available():
         return "cpu"
-    return load_config(args.config_file, args.opts).MODEL.DEVICE if args.config_file else "cuda"
+    return load_recipe(args.config_file, args.opts).cfg.MODEL.DEVICE if args.config_file else "cuda"
 
 
 if __name__ == "__main__":

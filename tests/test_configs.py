@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from detectron2.modeling import build_model
 
 from distill.config import load_config
 from distill.data import check_datasets
 from distill.engine import Trainer
 from distill.modeling import distillation_model, teacher
+from distill.recipes import YamlRecipe
 from tests.helpers import ROOT, random_batch
 
 CONFIGS = sorted(
@@ -25,7 +25,7 @@ PLAIN = {"coco", "voc", "teacher", "student"}
 def test_builds_and_takes_a_step(path: Path, monkeypatch):
     monkeypatch.chdir(ROOT)
     # neither the model zoo nor ImageNet weights are to be had here: random ones, everything else as shipped
-    monkeypatch.setattr(teacher, "load_detector", lambda cfg, role: build_model(cfg))
+    monkeypatch.setattr(teacher, "load_detector", lambda recipe, role: recipe.build_detector())
     opts = [
         "MODEL.DEVICE",
         "cpu",
@@ -39,7 +39,7 @@ def test_builds_and_takes_a_step(path: Path, monkeypatch):
     cfg = load_config(str(path), opts)
     check_datasets(cfg)
     model = Trainer.build_model(cfg).train()
-    Trainer.build_optimizer(cfg, model)
+    YamlRecipe(cfg).build_optimizer(model)
     losses = model(random_batch((64, 96), (64, 80)))
     sum(losses.values()).backward()
     distilled = isinstance(model, distillation_model.DistillationModel)

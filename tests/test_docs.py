@@ -75,8 +75,7 @@ def test_the_smallest_distiller_trains(tmp_path, modules):
 
 def test_the_distiller_with_keys_hooks_and_the_box_head_trains(tmp_path, modules):
     class OneBatchTrainer(Trainer):
-        @classmethod
-        def build_train_loader(cls, cfg):
+        def build_train_loader(self):
             empty = random_batch((64, 96))
             empty[0]["instances"] = empty[0]["instances"][[]]
             return [random_batch((64, 96)), empty]

@@ -133,9 +133,9 @@ def test_bad_input_ends_with_one_message(tmp_path, arguments, message, monkeypat
 
     parsed = train_net.argument_parser().parse_args([*write_pair(tmp_path), *arguments])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        patch.setattr(train_net.Trainer, "build_train_loader", lambda *args: pytest.fail("data was loaded"))
+        patch.setattr(train_net.Trainer, "build_train_loader", lambda self: pytest.fail("data was loaded"))
         if "MODEL.WEIGHTS" in arguments:  # the student's own weights are the one thing that Detectron2 loads later
-            patch.setattr(train_net.Trainer, "build_train_loader", lambda *args: [])
+            patch.setattr(train_net.Trainer, "build_train_loader", lambda self: [])
         train_net.run(parsed)
     text = str(exit_.value)
     assert text.startswith("error: ") and all(part in text for part in message.split(".*")), text

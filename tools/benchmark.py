@@ -40,12 +40,13 @@ from torch import nn
 
 from distill.config import load_config, student_config
 from distill.distillers import build_distillers
-from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import DetectorView, DistillationModel, Teacher
 from distill.modeling.loss_weights import LossWeights
 from distill.modeling.scaling import build_scaling
-from distill.modeling.teacher import teacher_config
+from distill.modeling.teacher import teacher_recipe
+from distill.modeling.views import align
+from distill.recipes import Recipe, YamlRecipe
 
 logger = logging.getLogger("detectron2.benchmark")
 
@@ -128,17 +129,18 @@ class PeakMemory:
 def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     """The parts of a step, and the whole, as functions to time."""
     cfg.SOLVER.BASE_LR = 0.0  # random weights on random images would diverge
-    teacher_cfg = teacher_config(cfg)
-    cfg.MODEL.TORCHVISION.WEIGHTS = teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    source = teacher_recipe(cfg)
+    cfg.MODEL.TORCHVISION.WEIGHTS = source.cfg.MODEL.TORCHVISION.WEIGHTS = ""
     student = build_model(student_config(cfg))
-    teacher = Teacher(build_model(teacher_cfg))
+    teacher = Teacher(source.build_detector())
     scaling = build_scaling(cfg)
     levels = student.backbone.output_shape(), teacher.output_shape
     distillers = build_distillers(cfg, scaling.shape(*levels), teacher.output_shape)
     model = DistillationModel(student=student, teacher=teacher, distillers=distillers, scaling=scaling).train()
     batch = random_batch(cfg)
     own_batch = scaling.batch(batch)
-    own_optimizer, optimizer = Trainer.build_optimizer(cfg, student), Trainer.build_optimizer(cfg, model)
+    recipe = YamlRecipe(cfg)
+    own_optimizer, optimizer = recipe.build_optimizer(student), recipe.build_optimizer(model)
 
     def autocast() -> torch.autocast:
         return torch.autocast("cuda", enabled=cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE != "cpu")
@@ -152,7 +154,7 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
         if module is student:
             model._tap.take()  # the tap holds the step's features
 
-    with autocast(), torch.no_grad(), model._same_padding():
+    with autocast(), torch.no_grad():
         view = teacher.view(batch)
         images, record = view.images, view.features
         own_images = student.preprocess_image(own_batch).tensor
@@ -166,6 +168,7 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
             model._student_view(batch, lambda: (own_images, leaves), frozen=False, outputs=outputs),
             DetectorView(teacher.model, batch, lambda: (images, record), frozen=True),
         )
+        align(*views)
         with autocast():
             loss = sum(distiller(*views).values())
         loss.backward()
@@ -256,11 +259,11 @@ def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> t
     return rows, ratio
 
 
-def inference_configs(cfg: CfgNode) -> dict[str, CfgNode]:
+def inference_recipes(cfg: CfgNode) -> dict[str, Recipe]:
     """The detectors to compare at inference: the teacher, the student, and for a student at half size, the same student
     at the teacher's size, its anchors doubled and its heads one level coarser."""
-    teacher, student = teacher_config(cfg), student_config(cfg)
-    configs, scale = {"teacher": teacher}, cfg.DISTILL.STUDENT.INPUT_SCALE
+    teacher, student = teacher_recipe(cfg), student_config(cfg)
+    recipes, scale = {"teacher": teacher}, cfg.DISTILL.STUDENT.INPUT_SCALE
     if scale == 0.5:
         whole = student.clone()
         for node in ("RPN", "ROI_HEADS", "RETINANET", "FCOS"):
@@ -269,12 +272,12 @@ def inference_configs(cfg: CfgNode) -> dict[str, CfgNode]:
             ]
         sizes = whole.MODEL.ANCHOR_GENERATOR.SIZES
         whole.MODEL.ANCHOR_GENERATOR.SIZES = [[2 * size for size in level] for level in sizes]
-        whole.INPUT = teacher.INPUT
+        whole.INPUT = teacher.cfg.INPUT
         whole.MODEL.ALIGNED_TEACHER.META_ARCHITECTURE = student.MODEL.META_ARCHITECTURE
         whole.MODEL.META_ARCHITECTURE, whole.TEST.SCALES = "AlignedTeacher", "high"  # without the unused finest level
-        configs["student at full size"] = whole
-    configs["student" if scale == 1 else f"student at {scale:g} of the size"] = student
-    return configs
+        recipes["student at full size"] = YamlRecipe(whole)
+    recipes["student" if scale == 1 else f"student at {scale:g} of the size"] = YamlRecipe(student)
+    return recipes
 
 
 class _Boxes(nn.Module):
@@ -304,9 +307,10 @@ def measure_inference(cfg: CfgNode, image_size: tuple[int, int], rounds: int) ->
 
     image = np.random.default_rng(0).integers(256, size=(*image_size, 3), dtype=np.uint8)
     runs, inputs, flops, weights = {}, {}, {}, {}
-    for name, own in inference_configs(cfg).items():
+    for name, recipe in inference_recipes(cfg).items():
+        own = recipe.cfg
         own.MODEL.TORCHVISION.WEIGHTS, own.MODEL.DEVICE = "", cfg.MODEL.DEVICE
-        model = build_model(own).eval()
+        model = recipe.build_detector().eval()
         resize = ResizeShortestEdge(own.INPUT.MIN_SIZE_TEST, own.INPUT.MAX_SIZE_TEST)
         resized = resize.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))

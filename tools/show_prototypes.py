@@ -22,10 +22,9 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
-from distill.config import load_config
 from distill.data import register_datasets
 from distill.errors import DistillError
-from distill.prototypes.collect import training_images
+from distill.recipes import load_recipe
 
 logger = logging.getLogger("detectron2.prototypes")
 
@@ -119,9 +118,10 @@ def show(config_file: str, weights: str, output: str, only: list[str], margin: f
         DistillError: the checkpoint holds no prototypes, or a class does not exist.
     """
     levels = read_prototypes(weights)
-    cfg = load_config(config_file, opts)
+    recipe = load_recipe(config_file, opts)
+    cfg = recipe.cfg
     register_datasets(cfg.DATASETS.REGISTER)
-    images = training_images(cfg)
+    images = recipe.training_images()
     last = max(int(kept["images"].max()) for kept in levels.values())
     if last >= len(images):
         raise DistillError(

@@ -1,12 +1,14 @@
 """Config keys, and how config files are read."""
 
-from .checks import check_output_dir, check_solver, scale_iterations
+from .checks import auto_scale_workers, check_output_dir, check_solver
 from .defaults import add_distill_config, add_weight_config
+from .lazy import load_lazy_config, override, write_record
 from .loading import (
     CLASS_NODES,
     detector_config,
     import_modules,
     load_config,
+    merge_distill_node,
     num_classes,
     plain_config,
     resolve_config_file,
@@ -19,16 +21,20 @@ __all__ = [
     "CLASS_NODES",
     "add_distill_config",
     "add_weight_config",
+    "auto_scale_workers",
     "check_output_dir",
     "check_solver",
     "detector_config",
     "import_modules",
     "load_config",
+    "load_lazy_config",
+    "merge_distill_node",
     "num_classes",
+    "override",
     "plain_config",
     "resolve_config_file",
-    "scale_iterations",
     "slim_config",
     "student_config",
     "variant_config",
+    "write_record",
 ]

@@ -4,6 +4,7 @@ import os
 import tempfile
 
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 
 from ..errors import DistillError
 
@@ -60,6 +61,27 @@ def check_output_dir(folder: str) -> None:
         raise DistillError(
             f"OUTPUT_DIR is {folder!r}, which cannot be written: {error}. Name a folder that you may write to."
         ) from error
+
+
+def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+    """As Detectron2's, by SOLVER.REFERENCE_WORLD_SIZE; what DISTILL counts in iterations scales, too.
+
+    Args:
+        cfg: the full config.
+        num_workers: number of processes.
+
+    Returns:
+        The same config, or a scaled copy.
+    """
+    scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+    if scaled is cfg:
+        return cfg
+    frozen = scaled.is_frozen()
+    scaled.defrost()
+    scale_iterations(scaled.DISTILL, num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE)
+    if frozen:
+        scaled.freeze()
+    return scaled
 
 
 def scale_iterations(node: CfgNode, scale: float) -> None:

@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -88,6 +88,27 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
     except _MERGE_ERRORS as error:
         raise _explain(error, cfg, "the overrides (KEY VALUE ...)") from None
     return cfg
+
+
+def merge_distill_node(cfg: CfgNode, node: Mapping[str, Any], origin: str) -> None:
+    """Merges the ``distill`` node of a Python config into DISTILL, in place, with the keys of DISTILL.IMPORTS.
+
+    Args:
+        cfg: a config with the keys of this package.
+        node: plain dicts, lists and values.
+        origin: the config's file, for the messages.
+
+    Raises:
+        DistillError: an unknown key (the nearest known one is named), or a value of the wrong type.
+    """
+    content = {"DISTILL": node}
+    for module in import_modules(_named_imports(content, (), origin)):
+        if hasattr(module, "add_config"):
+            module.add_config(cfg)
+    try:
+        cfg.merge_from_other_cfg(CfgNode(content))
+    except _MERGE_ERRORS as error:
+        raise _explain(error, cfg, f"config {origin}") from None
 
 
 def import_modules(names: Sequence[str]) -> list[ModuleType]:

@@ -1,9 +1,9 @@
 """Data sets: ``digit_scenes``, which needs no download, and the user's own by config."""
 
 from .digit_scenes import register_digit_scenes
-from .mapper import CheckedDatasetMapper
+from .mapper import CheckedMapper
 from .register import check_datasets, register_datasets
 
 register_digit_scenes()
 
-__all__ = ["CheckedDatasetMapper", "check_datasets", "register_datasets", "register_digit_scenes"]
+__all__ = ["CheckedMapper", "check_datasets", "register_datasets", "register_digit_scenes"]

@@ -1,12 +1,19 @@
-"""Detectron2's dataset mapper, with an error that names the image that cannot be read."""
+"""A dataset mapper whose errors name the image."""
 
-from detectron2.data import DatasetMapper
+from collections.abc import Callable
 
 from ..errors import DistillError
 
 
-class CheckedDatasetMapper(DatasetMapper):
-    """Detectron2's :class:`DatasetMapper`; an unreadable image is an error that names its file."""
+class CheckedMapper:
+    """Any dataset mapper; an unreadable image is an error that names its file.
+
+    Args:
+        mapper: such as Detectron2's ``DatasetMapper``.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict]) -> None:
+        self.mapper = mapper
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
@@ -14,7 +21,7 @@ class CheckedDatasetMapper(DatasetMapper):
             DistillError: the image cannot be read.
         """
         try:
-            return super().__call__(dataset_dict)
+            return self.mapper(dataset_dict)
         except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three, without the file's name
             raise DistillError(
                 f"Cannot read the image {dataset_dict.get('file_name')!r}: {error}. Replace the file, or take it out "

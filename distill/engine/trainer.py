@@ -1,30 +1,33 @@
-"""Detectron2's trainer, with what distillation adds."""
+"""The training loop: Detectron2's, with what distillation adds."""
 
-import functools
 import logging
+import weakref
+from collections.abc import Iterable
 from typing import Any
-from unittest import mock
 
-import detectron2.engine.defaults
-import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
-from detectron2.modeling import build_model
+from detectron2.engine import (
+    AMPTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_writers,
+    hooks,
+)
+from detectron2.evaluation import verify_results
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
-from ..config import scale_iterations
-from ..data import CheckedDatasetMapper
 from ..errors import DistillError
 from ..modeling import DistillationModel
 from ..modeling.backbones import freeze_unused_levels
 from ..modeling.checkpoint import describe_weights
+from ..recipes import Recipe, as_recipe
 from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
 from .hooks import CheckGradients, DrawDenseDetections
 from .launch import ddp_device_ids
@@ -32,146 +35,93 @@ from .launch import ddp_device_ids
 logger = logging.getLogger(__name__)
 
 
-class Trainer(DefaultTrainer):
-    """Trains a :class:`DistillationModel`, or any plain Detectron2 detector.
+class Trainer(TrainerBase):
+    """Trains a :class:`DistillationModel`, or any plain Detectron2 detector, as its recipe says.
 
-    Beyond :class:`DefaultTrainer`: the optimizer by SOLVER.OPTIMIZER, the evaluator by the data set's
-    ``evaluator_type``, the distillers' hooks, inheriting, several processes on the CPU, and a checkpoint when bad
-    input ends the training.
+    The steps are those of Detectron2's ``SimpleTrainer`` or ``AMPTrainer``, the hooks Detectron2's and the distillers'.
+    If bad input ends the training, a checkpoint is written.
 
     Args:
-        cfg: the full config.
+        recipe: where the model, its data and its schedule come from; a yaml config is one, too.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, recipe: Recipe | CfgNode) -> None:
+        super().__init__()
+        self.recipe = as_recipe(recipe)
+        self.recipe.scale_workers(comm.get_world_size())
+        self.cfg = cfg = self.recipe.cfg
         self.last_step: int | None = None  # the last that was done, counted from 0
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        # Detectron2 passes the local rank as DDP's device: wrong on the CPU, and where each process sees one GPU alone
-        create_ddp_model = functools.partial(
-            detectron2.engine.defaults.create_ddp_model, device_ids=ddp_device_ids(cfg.MODEL.DEVICE)
-        )
-        with mock.patch.object(detectron2.engine.defaults, "create_ddp_model", create_ddp_model):
-            super().__init__(cfg)
+        model = self.build_model(self.recipe)
+        self.optimizer = self.recipe.build_optimizer(model)
+        self.data_loader = self.build_train_loader()
+        # Detectron2 takes the local rank for DDP's device: wrong on the CPU, and where each process sees one GPU alone
+        self.model = create_ddp_model(model, device_ids=ddp_device_ids(cfg.MODEL.DEVICE), **self.recipe.ddp_settings)
+        steps = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = steps(self.model, self.data_loader, self.optimizer)
+        self.checkpointer = DetectionCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
 
     @staticmethod
-    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """As Detectron2's, by SOLVER.REFERENCE_WORLD_SIZE; what DISTILL counts in iterations scales, too.
+    def build_model(recipe: Recipe | CfgNode) -> nn.Module:
+        """Builds what is trained.
 
         Args:
-            cfg: the full config.
-            num_workers: number of processes.
-
-        Returns:
-            The same config, or a scaled copy.
-        """
-        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
-        if scaled is cfg:
-            return cfg
-        frozen = scaled.is_frozen()
-        scaled.defrost()
-        scale_iterations(scaled.DISTILL, num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE)
-        if frozen:
-            scaled.freeze()
-        return scaled
-
-    @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Builds the model of MODEL.META_ARCHITECTURE.
-
-        Args:
-            cfg: the full config.
+            recipe: of the run, or a yaml config.
 
         Returns:
             A :class:`DistillationModel`, or a plain detector, on MODEL.DEVICE.
         """
-        model = build_model(cfg)
+        recipe = as_recipe(recipe)
+        model = recipe.build_model()
         if not isinstance(model, DistillationModel):
             freeze_unused_levels(model)
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
             logger.info(
                 f"Model: {type(model).__name__}, {parameters:.1f} M parameters, "
-                f"from {describe_weights(cfg)}, no distillation"
+                f"from {describe_weights(recipe.cfg)}, no distillation"
             )
         return model
 
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """SGD as Detectron2 builds it, or AdamW with the same parameter groups and gradient clipping.
-
-        Args:
-            cfg: the full config.
-            model: what is trained.
-
-        Returns:
-            The optimizer.
-
-        Raises:
-            DistillError: SOLVER.OPTIMIZER is neither.
-        """
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return super().build_optimizer(cfg, model)
-        if cfg.SOLVER.OPTIMIZER != "AdamW":
-            raise DistillError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: expected 'SGD' or 'AdamW'.")
-        params = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's train loader, whose errors name the image."""
-        return build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
-
-    @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's test loader, whose errors name the image."""
-        mapper = CheckedDatasetMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """The evaluator of the data set's ``evaluator_type``.
-
-        Args:
-            cfg: the full config.
-            dataset_name: a registered data set.
-            output_folder: where it writes its results; by default ``OUTPUT_DIR/inference``.
-
-        Returns:
-            Detectron2's evaluator.
-
-        Raises:
-            DistillError: the data set says neither "coco" nor "pascal_voc".
-        """
-        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if evaluator_type == "coco":
-            return COCOEvaluator(dataset_name, output_dir=output_folder or f"{cfg.OUTPUT_DIR}/inference")
-        if evaluator_type == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        raise DistillError(
-            f"The data set {dataset_name} has the evaluator_type {evaluator_type!r}: expected 'coco' or 'pascal_voc' "
-            "in its metadata."
-        )
+    def build_train_loader(self) -> Iterable[list[dict]]:
+        """The recipe's train loader."""
+        return self.recipe.build_train_loader()
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, and before those that evaluate and write, the distillers'."""
-        hooks = super().build_hooks()
-        model = self._unwrapped_model()
+        cfg, model = self.cfg, self._unwrapped_model()
+        found = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=self.recipe.build_lr_scheduler(self.optimizer))]
+        if self.is_drawing:
+            found.append(DrawDenseDetections(getattr(model, "student", model), cfg.VIS_PERIOD))
         if isinstance(model, DistillationModel):
-            extra = [hook for distiller in model.distillers.values() for hook in distiller.build_hooks(model)]
-            hooks[2:2] = [CheckGradients(model.distillers), *extra]  # behind the timer and the learning rate
-            model = model.student
-        if self.cfg.VIS_PERIOD > 0 and isinstance(model, DenseDetector):
-            hooks[2:2] = [DrawDenseDetections(model, self.cfg.VIS_PERIOD)]
-        return hooks
+            found.append(CheckGradients(model.distillers))
+            found += [hook for distiller in model.distillers.values() for hook in distiller.build_hooks(model)]
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            loader = self.build_train_loader()  # another one, so as not to take the training's batches
+            found.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER))
+        if comm.is_main_process():
+            settings = {"max_to_keep": self.recipe.max_checkpoints}
+            found.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, **settings))
+        found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))  # behind the checkpoint, in case it fails
+        if comm.is_main_process():
+            writers = default_writers(cfg.OUTPUT_DIR, self.max_iter)
+            found.append(hooks.PeriodicWriter(writers, period=self.recipe.log_period))
+        return found
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether detections are drawn by a hook of ours: R-CNN draws its proposals itself."""
+        model = self._unwrapped_model()
+        return self.cfg.VIS_PERIOD > 0 and isinstance(getattr(model, "student", model), DenseDetector)
+
+    def _evaluate(self) -> dict:
+        self._results = self.recipe.evaluate(self.model)
+        return self._results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; a run that starts (and is not resumed) inherits what DISTILL.STUDENT.INHERIT names.
+        """Loads what the training begins with. A run that starts (and is not resumed) inherits what
+        DISTILL.STUDENT.INHERIT names.
 
         Args:
             resume: whether to go on from the last checkpoint in OUTPUT_DIR, if there is one.
@@ -183,7 +133,7 @@ class Trainer(DefaultTrainer):
         path = last or self.cfg.MODEL.WEIGHTS
         failure, message = None, ""
         try:
-            super().resume_or_load(bool(last))
+            self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=bool(last))
         except Exception as error:  # a missing or damaged file, another optimizer, other distillers
             failure, message = error, str(error) or type(error).__name__
         message = next(filter(None, comm.all_gather(message)), "")  # where one fails, the others must not wait for it
@@ -193,6 +143,7 @@ class Trainer(DefaultTrainer):
                 f"Cannot load {path!r} into the model: {message}. Check that the file exists and is complete; "
                 f"{hint if last else 'MODEL.WEIGHTS names it'}."
             ) from failure
+        self.start_iter = self.iter + 1 if last else 0  # a checkpoint holds the iteration that was done
         check_alike(self.start_iter, "The processes would start at different iterations", self.cfg.OUTPUT_DIR)
         model = self._unwrapped_model()
         if not last and isinstance(model, DistillationModel):
@@ -200,22 +151,40 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """One training step."""
-        super().run_step()
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
         self.last_step = self.iter
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds beside the model: the iteration, the hooks' state, the optimizer's."""
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Loads what :meth:`state_dict` returned; a checkpoint of Detectron2 v0.6's trainer has no optimizer in it."""
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
 
     def train(self) -> Any:
         """Trains. If bad input ends the training, what was learned until then is saved, for ``--resume``.
+
+        Returns:
+            The last results of the evaluation, where TEST.EXPECTED_RESULTS asks for some; they are verified.
 
         Raises:
             DistillError: the input was bad, or the training diverged.
         """
         try:
-            return super().train()
+            super().train(self.start_iter, self.max_iter)
         except FloatingPointError as error:  # Detectron2's, for a loss or proposals
             raise DistillError(self._divergence(error)) from error
         except DistillError:
             save_after_failure(self)
             raise
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self._results)
+            return self._results
+        return None
 
     def _divergence(self, error: FloatingPointError) -> str:
         before = {k: f"{v:.4g}" for k, (v, _) in self.storage.latest().items() if "loss" in k and "/" not in k}
@@ -230,5 +199,5 @@ class Trainer(DefaultTrainer):
         )
 
     def _unwrapped_model(self) -> nn.Module:
-        model = self._trainer.model
+        model = self.model
         return model.module if isinstance(model, DistributedDataParallel) else model

@@ -4,11 +4,11 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..errors import DistillError
+from ..recipes import Recipe, YamlRecipe, as_recipe
 
 # Batch norm's step counter is bookkeeping: old checkpoints lack it and nothing is computed from it.
 _COUNTER = ".num_batches_tracked"
@@ -102,11 +102,11 @@ class StrictCheckpointer(DetectionCheckpointer):
         super()._log_incompatible_keys(incompatible)
 
 
-def load_detector(cfg: CfgNode, role: str) -> nn.Module:
-    """Builds the detector of a config and loads MODEL.WEIGHTS into all of it.
+def load_detector(source: CfgNode | Recipe, role: str) -> nn.Module:
+    """Builds a detector and loads its weights into all of it.
 
     Args:
-        cfg: the detector's own config, without distillation.
+        source: the detector's own config, without distillation, or its recipe. MODEL.WEIGHTS names the weights.
         role: what it is, for the messages, such as "teacher".
 
     Returns:
@@ -115,12 +115,15 @@ def load_detector(cfg: CfgNode, role: str) -> nn.Module:
     Raises:
         DistillError: the weights cannot be read, or leave some of the detector unset.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    if "TORCHVISION" in cfg.MODEL:
+    recipe = as_recipe(source)
+    weights = recipe.cfg.MODEL.WEIGHTS
+    if isinstance(recipe, YamlRecipe) and "TORCHVISION" in recipe.cfg.MODEL:
+        cfg = recipe.cfg.clone()
+        cfg.defrost()
         cfg.MODEL.TORCHVISION.WEIGHTS = ""  # they would be overwritten at once, and may have to be downloaded
-    model = build_model(cfg)
-    StrictCheckpointer(model, role).load(cfg.MODEL.WEIGHTS)
+        recipe = YamlRecipe(cfg)
+    model = recipe.build_detector()
+    StrictCheckpointer(model, role).load(weights)
     return model
 
 

@@ -1,9 +1,8 @@
 """The meta-architecture that trains a student with the help of a teacher."""
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from .checkpoint import describe_weights
 from .inherit import inheritable_weights
 from .loss_weights import LossWeights
 from .scaling import Scaling, build_scaling
-from .teacher import Teacher, build_teacher, check_detector
-from .views import DetectorView, FeatureTap
+from .teacher import Teacher, build_teacher, check_detector, square_size
+from .views import DetectorView, FeatureTap, align
 from .wrapper import Wrapper, rename_state
 
 logger = logging.getLogger(__name__)
@@ -77,15 +76,19 @@ class DistillationModel(Wrapper):
         predictor = getattr(parts["roi_heads"], "box_predictor", None)
         parts["box_predictor"] = predictor[0] if isinstance(predictor, (nn.ModuleList, list)) else predictor
         self._head_taps = {name: FeatureTap(part) for name, part in parts.items() if part is not None}
-        self._check_padding()
         rename_state(self, [("distillers.", "distillers."), ("student.", "")])
         self.to(student.device)  # distillers and teacher too
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, build_student: Callable[[], nn.Module] | None = None) -> dict[str, Any]:
+        """
+        Args:
+            cfg: the full config.
+            build_student: builds the student; by default it is what the rest of MODEL describes.
+        """
         check_distillers(cfg)
         scaling = build_scaling(cfg)
-        student = build_model(student_config(cfg))
+        student = build_student() if build_student else build_model(student_config(cfg))
         with torch.random.fork_rng(devices=[]):  # so that the student's training draws what it draws without a teacher
             teacher = build_teacher(cfg)
             own, given = student.backbone.output_shape(), teacher.output_shape
@@ -132,27 +135,38 @@ class DistillationModel(Wrapper):
         """
         if not self.training:
             return self.student(batched_inputs)
-        with self._same_padding():
-            teacher = self.teacher.view(batched_inputs)
-            if self.distillers:
-                teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
-            detection = dict(self.student(self._scaling.batch(batched_inputs, self.student.device)))
-            record = self._tap.take()
-            outputs = {name: tap.take()[1] for name, tap in self._head_taps.items() if tap.has_record}
-            student = self._student_view(batched_inputs, lambda: record, frozen=False, outputs=outputs)
-            distilled: dict[str, dict[str, Tensor]] = {}
-            taken = set(detection)
-            for name, distiller in self.distillers.items():
-                distilled[name] = _checked(name, distiller(student, teacher), taken)
-                taken |= distilled[name].keys()
-            for tap in self._head_taps.values():  # a distiller that ran a head of the student's left a record, too
-                tap.forget()
+        self._check_sizes(batched_inputs)
+        teacher = self.teacher.view(batched_inputs)
+        if self.distillers:
+            teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
+        detection = dict(self.student(self._scaling.batch(batched_inputs, self.student.device)))
+        record = self._tap.take()
+        outputs = {name: tap.take()[1] for name, tap in self._head_taps.items() if tap.has_record}
+        student = self._student_view(batched_inputs, lambda: record, frozen=False, outputs=outputs)
+        align(student, teacher)
+        distilled: dict[str, dict[str, Tensor]] = {}
+        taken = set(detection)
+        for name, distiller in self.distillers.items():
+            distilled[name] = _checked(name, distiller(student, teacher), taken)
+            taken |= distilled[name].keys()
+        for tap in self._head_taps.values():  # a distiller that ran a head of the student's left a record, too
+            tap.forget()
         losses = dict(detection)
         if distilled:
             weights = self._loss_weights(detection, distilled, record[1])
             for name, own in distilled.items():
                 losses.update({key: loss * weights[name][key] for key, loss in own.items()})
         return losses
+
+    def _check_sizes(self, batched_inputs: list[dict]) -> None:
+        square = square_size(self.student.backbone)
+        sizes = [math.ceil(side * self._scaling.scale) for x in batched_inputs for side in x["image"].shape[-2:]]
+        if square and max(sizes) > square:
+            raise DistillError(
+                f"An image has a side of {max(sizes)} pixels, but the student pads images to a square of {square}: "
+                "Detectron2 would cut the rest off. Let the training's augmentations keep to that size, or raise the "
+                "student's model.backbone.square_pad."
+            )
 
     def frozen_views(self, batched_inputs: list[dict]) -> tuple[DetectorView, DetectorView]:
         """Views of both sides without gradient, for what happens between steps.
@@ -162,7 +176,7 @@ class DistillationModel(Wrapper):
 
         Returns:
             The student's view and the teacher's; nothing is run until it is asked for, the student in the mode that it
-            is in by then.
+            is in by then. They are not aligned, for that takes both backbones: each shows all of its cells.
         """
 
         def features() -> tuple[Tensor, dict[str, Tensor]]:
@@ -193,35 +207,6 @@ class DistillationModel(Wrapper):
         for key, value in weights.items():  # not load_state_dict, which resets the FrozenBN that it is not given
             own[key].copy_(value)
         logger.info(f"The student inherits {len(weights)} weights from the teacher, under {', '.join(self._inherit)}")
-
-    def _check_padding(self) -> None:
-        """Finds sizes that both can pad to, the student's being the teacher's at its scale."""
-        backbones = {self.student.backbone: self._scaling.factor, self.teacher.model.backbone: 1}
-        whole = math.lcm(*(max(b.size_divisibility, 1) * factor for b, factor in backbones.items()))
-        self._to_pad = {
-            backbone: whole // factor
-            for backbone, factor in backbones.items()
-            if max(backbone.size_divisibility, 1) * factor != whole
-        }
-        for backbone in self._to_pad:
-            if not hasattr(backbone, "_size_divisibility"):
-                raise DistillError(
-                    "Student and teacher pad images to multiples of "
-                    f"{' and '.join(str(b.size_divisibility) for b in backbones)} pixels, and the backbone "
-                    f"{type(backbone).__name__} cannot be told to pad to others. Choose backbones of one kind."
-                )
-
-    @contextlib.contextmanager
-    def _same_padding(self) -> Iterator[None]:
-        """Makes student and teacher pad to one size for a training step; in evaluation each pads as it does alone."""
-        own = {backbone: backbone._size_divisibility for backbone in self._to_pad}
-        try:
-            for backbone, divisibility in self._to_pad.items():
-                backbone._size_divisibility = divisibility
-            yield
-        finally:
-            for backbone, divisibility in own.items():
-                backbone._size_divisibility = divisibility
 
 
 def _checked(name: str, result: Any, taken: set[str]) -> dict[str, Tensor]:

@@ -6,10 +6,13 @@ import logging
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.structures import ImageList
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
-from ..config import load_config, resolve_config_file, student_config
+from ..config import resolve_config_file, student_config
 from ..errors import DistillError
+from ..recipes import Recipe, load_recipe
 from .checkpoint import load_detector
 from .views import DetectorView
 
@@ -49,8 +52,28 @@ class Teacher:
     def _features(self, batched_inputs: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
         if self.flip_channels:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-        images = self.model.preprocess_image(batched_inputs).tensor
+        images = self._padded(batched_inputs)
         return images, self.model.backbone(images)
+
+    def _padded(self, batched_inputs: list[dict]) -> Tensor:
+        """The normalised images, padded as the detector does it; or to a larger square than its own, if one does not
+        fit in there: Detectron2 would cut off what sticks out."""
+        backbone = self.model.backbone
+        square, largest = square_size(backbone), max((max(x["image"].shape[-2:]) for x in batched_inputs), default=0)
+        if not square or largest <= square:
+            return self.model.preprocess_image(batched_inputs).tensor
+        step = max(shape.stride for shape in self.output_shape.values())
+        larger = -(-largest // step) * step
+        log_first_n(
+            logging.WARNING,
+            f"The teacher pads images to a square of {square} pixels, and there are larger ones ({largest}): they are "
+            "padded to a square as large as they need. It learned "
+            f"from smaller ones, so {square} pixels at most (INPUT.MAX_SIZE_TRAIN) suit it best.",
+            name=logger.name,
+        )
+        images = [x["image"].to(self.model.device) for x in batched_inputs]
+        images = [(x - self.model.pixel_mean) / self.model.pixel_std for x in images]
+        return ImageList.from_tensors(images, padding_constraints={"square_size": larger}).tensor
 
 
 def check_detector(model: nn.Module, role: str) -> None:
@@ -71,8 +94,20 @@ def check_detector(model: nn.Module, role: str) -> None:
         )
 
 
-def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The teacher's own config, with MODEL.WEIGHTS set to what it is to be loaded from.
+def square_size(backbone: nn.Module) -> int:
+    """The side of the square that a backbone has images padded to.
+
+    Args:
+        backbone: a detector's.
+
+    Returns:
+        In pixels; 0 for none, as on Detectron2 v0.6, which has no such padding.
+    """
+    return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
+
+
+def teacher_recipe(cfg: CfgNode) -> Recipe:
+    """The teacher's own recipe, with MODEL.WEIGHTS set to what it is to be loaded from.
 
     The teacher of a run that was itself distilled is that run's student.
 
@@ -80,7 +115,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         cfg: the full config, of which DISTILL.TEACHER and MODEL.DEVICE are used.
 
     Returns:
-        A config without distillation, not frozen.
+        A recipe without distillation, its config not frozen.
 
     Raises:
         DistillError: no config or no weights are named, or the config cannot be read.
@@ -91,23 +126,24 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
             "DISTILL.TEACHER.CONFIG_FILE is empty. Name the teacher's config (or give --teacher-config): a file, or a "
             "config of Detectron2's model zoo such as 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
         )
-    teacher_cfg = student_config(load_config(node.CONFIG_FILE, node.OPTS))
+    recipe = load_recipe(node.CONFIG_FILE, node.OPTS)
+    recipe.cfg = own = student_config(recipe.cfg)
     if node.WEIGHTS:
-        teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
+        own.MODEL.WEIGHTS = node.WEIGHTS
     elif resolve_config_file(node.CONFIG_FILE)[1]:
         with contextlib.suppress(RuntimeError):  # a config that the zoo has no weights for
-            teacher_cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
-    if not teacher_cfg.MODEL.WEIGHTS:
+            own.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
+    if not own.MODEL.WEIGHTS:
         raise DistillError(
             f"DISTILL.TEACHER.WEIGHTS is empty, and {node.CONFIG_FILE} names no weights itself. Give the checkpoint of "
             "a trained teacher (or --teacher-weights)."
         )
-    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
-    return teacher_cfg
+    own.MODEL.DEVICE = cfg.MODEL.DEVICE
+    return recipe
 
 
 def build_teacher(cfg: CfgNode) -> Teacher:
-    """Builds the teacher and loads all of its weights.
+    """Builds the teacher and loads all of its weights. Of a Python config, only the model is instantiated.
 
     Args:
         cfg: the full config.
@@ -116,17 +152,18 @@ def build_teacher(cfg: CfgNode) -> Teacher:
         The teacher, on MODEL.DEVICE.
 
     Raises:
-        DistillError: see :func:`teacher_config`; some weight would stay random; or the channel orders cannot be
+        DistillError: see :func:`teacher_recipe`; some weight would stay random; or the channel orders cannot be
             reconciled.
     """
-    teacher_cfg = teacher_config(cfg)
-    model = load_detector(teacher_cfg, "teacher")
+    recipe = teacher_recipe(cfg)
+    own = recipe.cfg
+    model = load_detector(recipe, "teacher")
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info(
-        f"Teacher: {teacher_cfg.MODEL.META_ARCHITECTURE}, {parameters:.1f} M parameters, "
-        f"from {teacher_cfg.MODEL.WEIGHTS} ({cfg.DISTILL.TEACHER.CONFIG_FILE})"
+        f"Teacher: {own.MODEL.META_ARCHITECTURE}, {parameters:.1f} M parameters, "
+        f"from {own.MODEL.WEIGHTS} ({cfg.DISTILL.TEACHER.CONFIG_FILE})"
     )
-    formats = cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT
+    formats = cfg.INPUT.FORMAT, own.INPUT.FORMAT
     if formats[0] != formats[1] and set(formats) != {"RGB", "BGR"}:
         raise DistillError(
             f"The student's INPUT.FORMAT is {formats[0]}, the teacher's {formats[1]}: only RGB and BGR can differ."

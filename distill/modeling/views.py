@@ -48,6 +48,9 @@ class FeatureTap:
 class DetectorView:
     """One detector's intermediate results on one batch. Whatever costs is computed when it is first asked for.
 
+    Each detector pads the images as it does by itself, at the bottom and on the right. So two views of a batch differ
+    in how many cells of padding they have; once they are aligned (:func:`align`), each shows the cells that both have.
+
     Args:
         detector: the student or the teacher.
         batched_inputs: the batch, in Detectron2's format.
@@ -85,6 +88,7 @@ class DetectorView:
             name: shape[own].stride * self._scaling.factor for own, name in self._levels.items()
         }
         self.image_sizes: list[tuple[int, int]] = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        self._other: DetectorView | None = None
 
     @cached_property
     def _images_and_features(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -99,7 +103,20 @@ class DetectorView:
     @property
     def features(self) -> dict[str, Tensor]:
         """The backbone's outputs by level, finest first: ``Tensor[N, C, H / stride, W / stride]``."""
-        return {name: self._own_features[own] for own, name in self._levels.items()}
+        return {name: _crop(self._own_features[own], *self._cells(own)) for own, name in self._levels.items()}
+
+    def _cells(self, own: str) -> tuple[int, int]:
+        """Height and width that the view shows of one of the detector's own levels."""
+        size = self._own_size(own)
+        name = self._levels.get(own)
+        others = {theirs: key for key, theirs in self._other._levels.items()} if self._other else {}
+        if name not in others:
+            return size
+        other = self._other._own_size(others[name])
+        return min(size[0], other[0]), min(size[1], other[1])
+
+    def _own_size(self, own: str) -> tuple[int, int]:
+        return tuple(self._own_features[own].shape[-2:])
 
     @property
     def _own_features(self) -> dict[str, Tensor]:
@@ -149,7 +166,8 @@ class DetectorView:
 
     @property
     def anchor_logits(self) -> Tensor:
-        """Classification logits of a dense detector at all of its anchors (or points), ``Tensor[N, R, K]``.
+        """Classification logits of a dense detector at its anchors (or points) in the cells that the view shows,
+        ``Tensor[N, R, K]``.
 
         Raises:
             DistillError: the detector is none.
@@ -162,7 +180,8 @@ class DetectorView:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             output = self._outputs.get("head") or self._detector.head(self._head_features)
             classes = self._detector.num_classes
-            return torch.cat([permute_to_N_HWA_K(level, classes) for level in output[0]], 1)
+            shown = [_crop(x, *self._cells(own)) for x, own in zip(output[0], self._detector.head_in_features)]
+            return torch.cat([permute_to_N_HWA_K(level, classes) for level in shown], 1)
 
     @torch.no_grad()
     def match_anchors(self) -> list[tuple[Tensor, Tensor]]:
@@ -173,17 +192,30 @@ class DetectorView:
             each, ``LongTensor[P]``, rows of the image's :attr:`ground_truth`.
         """
         detector = self._detector
+        is_shown = self._shown_anchors()
+        new_rows = is_shown.cumsum(0) - 1
         anchors = detector.anchor_generator(self._head_features)
         truths = [self._scaling.instances(x) for x in self.ground_truth]
         matches = []
         for labels, boxes, truth in zip(*detector.label_anchors(anchors, truths), truths):
-            positive = ((labels >= 0) & (labels < detector.num_classes)).nonzero()[:, 0]
+            positive = ((labels >= 0) & (labels < detector.num_classes) & is_shown).nonzero()[:, 0]
             matched = boxes[positive]
             matched = matched.tensor if isinstance(matched, Boxes) else matched
             same = (matched[:, None] == truth.gt_boxes.tensor[None]).all(2)
             same &= labels[positive][:, None] == truth.gt_classes
-            matches.append((positive, same.int().argmax(1) if len(truth) else positive))
+            matches.append((new_rows[positive], same.int().argmax(1) if len(truth) else positive))
         return matches
+
+    def _shown_anchors(self) -> Tensor:
+        """``BoolTensor[R']``: which of all anchors lie in the cells that the view shows."""
+        detector = self._detector
+        shown = []
+        for own, anchors in zip(detector.head_in_features, detector.anchor_generator(self._head_features)):
+            size, kept = self._own_size(own), self._cells(own)
+            cells = torch.zeros(size, dtype=torch.bool, device=detector.device)
+            cells[: kept[0], : kept[1]] = True
+            shown.append(cells.flatten().repeat_interleave(len(anchors) // cells.numel()))
+        return torch.cat(shown)
 
     @property
     def _head_features(self) -> list[Tensor]:
@@ -217,3 +249,19 @@ class DetectorView:
             features = [self._own_features[level] for level in heads.box_in_features]
             pooled = heads.box_pooler(features, self._scaling.boxes(boxes))
             return box_predictor(box_head(pooled))
+
+
+def align(student: DetectorView, teacher: DetectorView) -> None:
+    """Makes two views of one batch show the cells that both have, whatever each side pads to.
+
+    Args:
+        student: the student's view.
+        teacher: the teacher's.
+    """
+    student._other, teacher._other = teacher, student
+
+
+def _crop(features: Tensor, height: int, width: int) -> Tensor:
+    if features.shape[-2:] == (height, width):
+        return features
+    return features[..., :height, :width]

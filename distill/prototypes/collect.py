@@ -4,35 +4,17 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MapDataset, detection_utils, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MapDataset
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.mapper import CheckedDatasetMapper
 from ..losses import box_means
 from ..modeling.distillation_model import DistillationModel
 from ..modeling.scaling import build_scaling
-
-
-def training_images(cfg: CfgNode) -> list[dict]:
-    """The images that a config trains on, in Detectron2's data set format; prototypes are named by their index here.
-
-    Args:
-        cfg: the full config.
-
-    Returns:
-        One record for each image.
-    """
-    return get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-        check_consistency=False,
-    )
+from ..recipes import Recipe
 
 
 def choose_images(images: Sequence[dict], max_images: int) -> dict[int, set[int]]:
@@ -74,30 +56,11 @@ def large_annotations(image: dict, min_box_size: float) -> list[dict]:
     ]
 
 
-def whole_image_config(cfg: CfgNode) -> CfgNode:
-    """The config that resizes images for testing to the size that the teacher sees.
-
-    INPUT.*_TEST is the student's own size, and a student at INPUT_SCALE makes the images that it is given smaller.
-
-    Args:
-        cfg: the full config.
-
-    Returns:
-        A copy, not frozen.
-    """
-    factor = build_scaling(cfg).factor
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.INPUT.MIN_SIZE_TEST *= factor
-    cfg.INPUT.MAX_SIZE_TEST *= factor
-    return cfg
-
-
 class InstanceCollector:
     """Collects this process's share of the instances. What the teacher sees of them is kept, the student's is not.
 
     Args:
-        cfg: the full config.
+        recipe: of the run.
         levels: names of the levels.
         max_images: how many images a class may have.
         min_box_size: what the shorter side of a box must exceed, in pixels of the image file.
@@ -106,23 +69,17 @@ class InstanceCollector:
         num_training_images: of the whole data set.
     """
 
-    def __init__(self, cfg: CfgNode, levels: Sequence[str], max_images: int, min_box_size: float) -> None:
+    def __init__(self, recipe: Recipe, levels: Sequence[str], max_images: int, min_box_size: float) -> None:
         self._levels = list(levels)
-        images = training_images(cfg)
+        cfg = recipe.cfg
+        images = recipe.training_images()
         self.num_training_images = len(images)
         images = [{**image, "annotations": large_annotations(image, min_box_size)} for image in images]
         chosen = choose_images(images, max_images)
         share = sorted(chosen)[comm.get_rank() :: comm.get_world_size()]
         records = [_slim_record(images[index], index, chosen[index]) for index in share]
-        cfg = whole_image_config(cfg)
-        mapper = CheckedDatasetMapper(
-            cfg,
-            is_train=True,  # keeps the annotations
-            augmentations=detection_utils.build_augmentation(cfg, is_train=False),
-            use_instance_mask=False,
-            use_keypoint=False,
-            recompute_boxes=False,
-        )
+        # as large as the teacher sees them, for a student at INPUT_SCALE makes the images that it is given smaller
+        mapper = recipe.build_mapper(keep_annotations=True, scale=build_scaling(cfg).factor)
         self._loader = partial(
             DataLoader,
             # serialised, so that worker processes share its memory; an empty share cannot be

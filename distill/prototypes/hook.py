@@ -51,10 +51,10 @@ class PrototypeHook(HookBase):
         self._collector: InstanceCollector | None = None
 
     def before_train(self) -> None:
-        cfg = self.trainer.cfg
-        self._collector = InstanceCollector(cfg, list(self._bank.levels), self._max_images, self._min_box_size)
+        recipe = self.trainer.recipe
+        self._collector = InstanceCollector(recipe, list(self._bank.levels), self._max_images, self._min_box_size)
         if not self._period:
-            self._period = max(1, self._collector.num_training_images // cfg.SOLVER.IMS_PER_BATCH)
+            self._period = max(1, self._collector.num_training_images // recipe.cfg.SOLVER.IMS_PER_BATCH)
         if self._bank.is_empty:
             self.search()
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 
-from distill.data import CheckedDatasetMapper, check_datasets, register_datasets
+from distill.data import CheckedMapper, check_datasets, register_datasets
 from distill.errors import DistillError
 from tests.helpers import NUM_CLASSES, detector_cfg, set_all
 from tests.test_train_net import make_voc
@@ -165,10 +165,10 @@ def test_an_unknown_data_set_is_named():
 
 
 def test_an_unreadable_image_is_named(tmp_path):
-    mapper = CheckedDatasetMapper(detector_cfg("faster_rcnn"), is_train=True)
+    mapper = CheckedMapper(DatasetMapper(detector_cfg("faster_rcnn"), is_train=True))
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no image")
     with pytest.raises(DistillError, match="Cannot read the image '.*bad.jpg'"):
         mapper({"file_name": str(tmp_path / "bad.jpg"), "annotations": []})
-    tester = CheckedDatasetMapper(detector_cfg("faster_rcnn"), is_train=False)
+    tester = CheckedMapper(DatasetMapper(detector_cfg("faster_rcnn"), is_train=False))
     with pytest.raises(DistillError, match="Cannot read the image '.*gone.jpg'"):
         tester({"file_name": str(tmp_path / "gone.jpg")})

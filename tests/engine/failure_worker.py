@@ -24,9 +24,8 @@ MODE, FOLDER = sys.argv[1], Path(sys.argv[2])
 class FailingTrainer(Trainer):
     """Trains on a random batch; "bad input": the second process cannot read its fourth one."""
 
-    @classmethod
-    def build_train_loader(cls, cfg):
-        for index in range(cfg.SOLVER.MAX_ITER):
+    def build_train_loader(self):
+        for index in range(self.cfg.SOLVER.MAX_ITER):
             if MODE == "bad_input" and comm.get_rank() == 1 and index == 3:
                 raise DistillError("Cannot read the image 'three.jpg'")
             yield random_batch((64, 96))

@@ -14,7 +14,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from distill.config import check_output_dir, check_solver
+from distill.config import auto_scale_workers, check_output_dir, check_solver
 from distill.engine import Trainer
 from distill.engine import launch as launch_module
 from distill.engine.checkpoints import last_finite_checkpoint
@@ -127,9 +127,8 @@ def is_alive(pid):
 
 
 class OneBatchTrainer(Trainer):
-    @classmethod
-    def build_train_loader(cls, cfg):
-        return [random_batch((64, 96), (64, 96))] * cfg.SOLVER.MAX_ITER
+    def build_train_loader(self):
+        return [random_batch((64, 96), (64, 96))] * self.cfg.SOLVER.MAX_ITER
 
 
 class Spoil(HookBase):
@@ -194,12 +193,12 @@ def test_what_distill_counts_in_iterations_scales_with_the_schedule():
     )
     cfg.DISTILL.VARIANTS.late = type(cfg)({"REVIEW": type(cfg)({"WARMUP_ITERS": 30})})
     cfg.freeze()
-    scaled = Trainer.auto_scale_workers(cfg, 16)
+    scaled = auto_scale_workers(cfg, 16)
     assert scaled.is_frozen() and (scaled.SOLVER.MAX_ITER, scaled.SOLVER.IMS_PER_BATCH) == (2500, 32)
     node = scaled.DISTILL
     assert (node.ALIGNED.WARMUP_ITERS, node.GLOBAL.UPDATE_PERIOD, node.GRADIENT_LOG_PERIOD) == (250, 50, 1)
     assert node.VARIANTS.late.REVIEW.WARMUP_ITERS == 15 and node.REVIEW.WARMUP_ITERS == 0
-    assert node == Trainer.auto_scale_workers(scaled, 16).DISTILL  # once is enough
+    assert node == auto_scale_workers(scaled, 16).DISTILL  # once is enough
     assert cfg.DISTILL.ALIGNED.WARMUP_ITERS == 500
 
 

@@ -11,15 +11,15 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from distill.distillers import ReviewDistiller
 from distill.engine import Trainer
 from distill.errors import DistillError
+from distill.recipes import YamlRecipe
 from tests.helpers import detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
 
 
 class OneBatchTrainer(Trainer):
     """Trains on one random batch."""
 
-    @classmethod
-    def build_train_loader(cls, cfg):
-        return [random_batch((64, 96), (64, 96))] * cfg.SOLVER.MAX_ITER
+    def build_train_loader(self):
+        return [random_batch((64, 96), (64, 96))] * self.cfg.SOLVER.MAX_ITER
 
 
 class Counter(HookBase):
@@ -111,7 +111,7 @@ def test_adamw_has_detectron2s_groups_and_clipping(tmp_path):
     )
     set_all(cfg, {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 1e-3})
     norm, conv = torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1)
-    optimizer = Trainer.build_optimizer(cfg, torch.nn.Sequential(norm, conv))
+    optimizer = YamlRecipe(cfg).build_optimizer(torch.nn.Sequential(norm, conv))
     assert isinstance(optimizer, torch.optim.AdamW)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay[id(conv.weight)] == 0.3 and decay[id(norm.weight)] == 0.0
@@ -124,7 +124,7 @@ def test_adamw_has_detectron2s_groups_and_clipping(tmp_path):
 
 
 def test_sgd_is_detectron2s_own():
-    optimizer = Trainer.build_optimizer(detector_cfg("faster_rcnn"), torch.nn.Conv2d(3, 3, 1))
+    optimizer = YamlRecipe(detector_cfg("faster_rcnn")).build_optimizer(torch.nn.Conv2d(3, 3, 1))
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["momentum"] == 0.9
 
 
@@ -134,10 +134,10 @@ def test_evaluator_by_type(tmp_path):
 
     for name, kind in (("digit_scenes_val", COCOEvaluator), ("digit_scenes_voc_val", PascalVOCDetectionEvaluator)):
         DatasetCatalog.get(name)
-        assert isinstance(Trainer.build_evaluator(cfg, name), kind)
+        assert isinstance(YamlRecipe(cfg).build_evaluator(name), kind)
     MetadataCatalog.get("strange").evaluator_type = "lvis"
     with pytest.raises(DistillError, match="strange has the evaluator_type 'lvis'"):
-        Trainer.build_evaluator(cfg, "strange")
+        YamlRecipe(cfg).build_evaluator("strange")
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])

@@ -16,6 +16,7 @@ from distill.losses import aligned_loss
 from distill.modeling import DetectorView
 from distill.modeling.loss_weights import LossWeights
 from distill.modeling.scaling import Scaling
+from distill.modeling.views import align
 from tests.helpers import (
     DETECTORS,
     aligned_cfg,
@@ -129,10 +130,11 @@ def test_a_shallower_student_pads_to_half_of_what_the_teacher_pads_to(tmp_path):
     }
     model = build_model(pair_cfg(tmp_path, "retinanet", **small))
     assert (model.student.backbone.size_divisibility, model.teacher.model.backbone.size_divisibility) == (16, 64)
-    with model._same_padding():
-        student, teacher = model.frozen_views(random_batch((61, 75)))
-        assert student.images.shape[2:] == (32, 64) and teacher.images.shape[2:] == (64, 128)
-        assert all(student.features[x].shape == teacher.features[x].shape for x in teacher.features)
+    student, teacher = model.frozen_views(random_batch((61, 75)))
+    assert student.images.shape[2:] == (32, 48) and teacher.images.shape[2:] == (64, 128)
+    align(student, teacher)
+    assert all(student.features[x].shape == teacher.features[x].shape for x in teacher.features)
+    assert teacher.features["p3"].shape[2:] == (8, 12)  # 48 pixels of the half-size image
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "faster_rcnn"])
@@ -159,15 +161,15 @@ def test_a_bright_square_lights_the_same_cells_of_student_and_teacher(tmp_path, 
     image = torch.zeros(3, 231, 203)
     image[:, 32:96, 64:96] = 1.0
     record["image"] = image * model.pixel_std + model.pixel_mean
-    with model._same_padding():
-        student, teacher = model.frozen_views([record])
-        for level, stride in (("p3", 8), ("p4", 16), ("p5", 32)):
-            assert student.features[level].shape == teacher.features[level].shape
-            for view in (student, teacher):
-                cells = view.features[level][0, 0]
-                expected = torch.zeros_like(cells, dtype=torch.bool)
-                expected[32 // stride : 96 // stride, 64 // stride : 96 // stride] = True
-                assert torch.equal(cells > cells.max() / 2, expected)
+    student, teacher = model.frozen_views([record])
+    align(student, teacher)
+    for level, stride in (("p3", 8), ("p4", 16), ("p5", 32)):
+        assert student.features[level].shape == teacher.features[level].shape
+        for view in (student, teacher):
+            cells = view.features[level][0, 0]
+            expected = torch.zeros_like(cells, dtype=torch.bool)
+            expected[32 // stride : 96 // stride, 64 // stride : 96 // stride] = True
+            assert torch.equal(cells > cells.max() / 2, expected)
 
 
 def test_a_level_that_only_a_distiller_takes_is_trained(tmp_path):

@@ -94,34 +94,6 @@ def test_teacher_may_differ_in_channel_order_normalisation_depth_channels_and_fa
     sum(model(batch).values()).backward()
 
 
-def test_both_sides_pad_to_one_size_in_training_only(tmp_path):
-    small = detector_cfg(
-        "faster_rcnn",
-        **{
-            "MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone",
-            "MODEL.TORCHVISION.NAME": "resnet18",
-            "MODEL.TORCHVISION.OUT_FEATURES": ["layer1", "layer2", "layer3"],
-            "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
-            "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4"],
-            "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [128]],
-        },
-    )
-    overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
-    model = build_model(distillation_cfg(small, overrides)).train()
-    assert (model.student.backbone.size_divisibility, model.teacher.model.backbone.size_divisibility) == (16, 32)
-    seen = {}
-
-    class Looking(Distiller):
-        def forward(self, student, teacher):
-            seen.update(student=student.images.shape, teacher=teacher.images.shape)
-            return {}
-
-    model.distillers["Looking"] = Looking()
-    model(random_batch((48, 80), (48, 70)))
-    assert seen["student"] == seen["teacher"] == (2, 3, 64, 96)
-    assert model.student.backbone.size_divisibility == 16
-
-
 def test_view_shows_sizes_strides_and_ground_truth(tmp_path):
     model = build_pair(tmp_path)
     batch = random_batch(*SIZES)

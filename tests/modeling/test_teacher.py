@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 
 from distill.errors import DistillError
 from distill.modeling import build_teacher
-from distill.modeling.teacher import teacher_config
+from distill.modeling.teacher import teacher_recipe
 from tests.helpers import detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
 
 
@@ -45,12 +45,12 @@ def test_the_teacher_of_a_distilled_run_is_its_student(cfg, tmp_path):
 def test_zoo_config_without_weights_takes_the_zoos(cfg):
     name = "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
     set_all(cfg, {"DISTILL.TEACHER.CONFIG_FILE": name, "DISTILL.TEACHER.WEIGHTS": ""})
-    assert teacher_config(cfg).MODEL.WEIGHTS.endswith("/137851257/model_final_f6e8b1.pkl")
+    assert teacher_recipe(cfg).cfg.MODEL.WEIGHTS.endswith("/137851257/model_final_f6e8b1.pkl")
 
 
 def test_overrides_reach_the_teacher_alone(cfg):
     set_all(cfg, {"DISTILL.TEACHER.OPTS": ["MODEL.FPN.OUT_CHANNELS", 24]})
-    assert teacher_config(cfg).MODEL.FPN.OUT_CHANNELS == 24 and cfg.MODEL.FPN.OUT_CHANNELS == 16
+    assert teacher_recipe(cfg).cfg.MODEL.FPN.OUT_CHANNELS == 24 and cfg.MODEL.FPN.OUT_CHANNELS == 16
 
 
 def test_missing_keys_are_counted_and_named(cfg):

@@ -13,8 +13,9 @@ from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.losses import box_means
 from distill.prototypes import select_prototypes
-from distill.prototypes.collect import InstanceCollector, choose_images, large_annotations, training_images
+from distill.prototypes.collect import InstanceCollector, choose_images, large_annotations
 from distill.prototypes.hook import PrototypeHook, find_prototypes
+from distill.recipes import YamlRecipe
 from tests.helpers import detector_cfg, distillation_cfg, run_script, set_all, write_teacher
 
 NAME = "GlobalKnowledgeDistiller"
@@ -158,10 +159,10 @@ def test_collected_rows_are_the_features_of_the_annotated_boxes(tmp_path):
     register_datasets(cfg.DATASETS.REGISTER)
     model = Trainer.build_model(cfg).train()
     state = torch.random.get_rng_state()
-    collector = InstanceCollector(cfg, ["p2", "p4"], 800, 20)
+    collector = InstanceCollector(YamlRecipe(cfg), ["p2", "p4"], 800, 20)
     rows = collector.collect(model)
     assert torch.equal(torch.random.get_rng_state(), state)  # the training draws the same numbers
-    images = training_images(cfg)
+    images = YamlRecipe(cfg).training_images()
     expected = sorted(
         (i, x["category_id"], *(v + d for v, d in zip(x["bbox"], (0, 0, *x["bbox"][:2]))))
         for i, image in enumerate(images)
@@ -200,7 +201,7 @@ def test_the_search_sees_the_scale_of_training(tmp_path):
     for side, backbone in (("student", model.student.backbone), ("teacher", model.teacher.model.backbone)):
         backbone.register_forward_pre_hook(lambda _, args, side=side: seen[side].add(tuple(args[0].shape[2:])))
     levels = list(model.distillers[NAME].prototypes.levels)
-    rows = InstanceCollector(cfg, levels, 800, 10).collect(model)
+    rows = InstanceCollector(YamlRecipe(cfg), levels, 800, 10).collect(model)
     assert seen == {"student": {(64, 96)}, "teacher": {(128, 192)}}  # 64 x 86 and 128 x 171, padded
     assert rows["boxes"][:, 2].max() > 64  # still in pixels of the file
 
@@ -221,7 +222,7 @@ def test_the_teacher_runs_in_the_first_search_only(tmp_path):
     model = Trainer.build_model(cfg).train()
     calls = []
     model.teacher.model.backbone.register_forward_hook(lambda *args: calls.append(1))
-    collector = InstanceCollector(cfg, ["p2"], 800, 10)
+    collector = InstanceCollector(YamlRecipe(cfg), ["p2"], 800, 10)
     first = collector.collect(model)
     assert len(calls) == 5
     with torch.no_grad():

@@ -1,0 +1,95 @@
+"""How Python configs (Detectron2's LazyConfig) are read and written."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from detectron2.config import LazyConfig
+
+from ..errors import DistillError
+from .loading import resolve_config_file
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_RECORD = '"""What this run was started from, written by train_net.py. Give it as --config-file to start it again."""\n'
+
+
+def load_lazy_config(name: str, opts: Sequence[str] = ()) -> DictConfig:
+    """Executes a Python config, and those that it imports, and applies overrides.
+
+    Args:
+        name: path of a file, or the name of a config in Detectron2's model zoo. It is a program: whoever names it
+            trusts it.
+        opts: overrides, ``key=value`` in Hydra's grammar, such as ``model.roi_heads.num_classes=3``.
+
+    Returns:
+        The config, which has a ``model``; nothing is instantiated.
+
+    Raises:
+        DistillError: no such file, it cannot be executed, it describes no model, or an override cannot be applied.
+    """
+    path = resolve_config_file(name)[0]
+    try:
+        cfg = LazyConfig.load(path)
+    except Exception as error:  # whatever the program raises
+        places = [f"{x.filename}, line {x.lineno}" for x in traceback.extract_tb(error.__traceback__)]
+        raise DistillError(
+            f"The Python config {path} cannot be executed: {type(error).__name__}: {error} (at {places[-1]})."
+        ) from error
+    for opt in opts:
+        try:
+            LazyConfig.apply_overrides(cfg, [opt])
+        except Exception as error:  # of Hydra's parser and of OmegaConf
+            reason = str(error).strip().split("\n")[0]
+            raise DistillError(
+                f"Cannot apply the override {opt!r} to {path}: {reason}. A Python config takes key=value, such as "
+                "'model.roi_heads.num_classes=3' or 'train.max_iter=1000'."
+            ) from error
+    if "model" not in cfg:
+        raise DistillError(f"The Python config {path} has no model: expected Detectron2's LazyConfig of a detector.")
+    return cfg
+
+
+def override(key: str, value: str | Sequence[str]) -> str:
+    """An override of a Python config, quoted as Hydra's grammar asks for.
+
+    Args:
+        key: dotted name.
+        value: text, or several.
+
+    Returns:
+        ``key=value``.
+    """
+    return f"{key}={_quote(value) if isinstance(value, str) else '[' + ','.join(map(_quote, value)) + ']'}"
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def write_record(path: str, name: str, opts: Sequence[str]) -> None:
+    """Writes a Python config that is another one with overrides.
+
+    Args:
+        path: the file to write.
+        name: the other config: a path, or a name in the model zoo. If it is such a record itself, its origin is
+            recorded instead.
+        opts: overrides of it.
+    """
+    source, from_zoo = resolve_config_file(name)
+    with open(source) as f:
+        if f.read().startswith(_RECORD):
+            source, earlier = LazyConfig.load(source, ("_file", "_overrides"))
+            opts, from_zoo = [*earlier, *opts], False
+    location = f"model_zoo.get_config_file({name!r})" if from_zoo else repr(os.path.abspath(source))
+    lines = "".join(f"    {opt!r},\n" for opt in opts)
+    with open(path, "w") as f:
+        f.write(
+            f"{_RECORD}\n{'from detectron2 import model_zoo' if from_zoo else ''}\n"
+            f"from detectron2.config import LazyConfig\n\n_file = {location}\n_overrides = [\n{lines}]\n"
+            "globals().update(LazyConfig.apply_overrides(LazyConfig.load(_file), _overrides))\n"
+        )

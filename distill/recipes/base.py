@@ -1,0 +1,208 @@
+"""What the two kinds of config files have in common."""
+
+from __future__ import annotations
+
+import abc
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    PascalVOCDetectionEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+)
+from detectron2.utils import comm
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import DistillError
+
+Mapper = Callable[[dict], dict]
+
+
+class Recipe(abc.ABC):
+    """Where a detector and all that trains it come from.
+
+    Attributes:
+        cfg: the config in Detectron2's yaml keys. Of a Python config it holds DISTILL and the keys that it has a
+            counterpart for (see :mod:`distill.recipes.translate`), the others at their defaults.
+        ddp_settings: further arguments of ``DistributedDataParallel``.
+        max_checkpoints: how many checkpoints are kept; None for all.
+        log_period: iterations from one line of the log to the next.
+    """
+
+    cfg: CfgNode
+    ddp_settings: dict[str, Any]
+    max_checkpoints: int | None = None
+    log_period: int = 20
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model that is trained is a ``DistillationModel``."""
+        return self.cfg.MODEL.META_ARCHITECTURE == "DistillationModel"
+
+    @abc.abstractmethod
+    def set_distillation(self, names: Sequence[str], teacher_config: str, teacher_weights: str) -> None:
+        """Applies what the command line says of distillation; what is empty stays as it is.
+
+        Args:
+            names: DISTILL.DISTILLERS; a plain detector becomes the student.
+            teacher_config: DISTILL.TEACHER.CONFIG_FILE.
+            teacher_weights: DISTILL.TEACHER.WEIGHTS.
+        """
+
+    @abc.abstractmethod
+    def setup(self, args: Namespace) -> None:
+        """Detectron2's ``default_setup``; writes to OUTPUT_DIR the config that starts the run again.
+
+        Args:
+            args: the parsed command line.
+        """
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Checks that the config has what a training takes."""
+
+    @abc.abstractmethod
+    def scale_workers(self, num_workers: int) -> None:
+        """Fits the schedule to the number of processes, where the config asks for it.
+
+        Args:
+            num_workers: number of processes.
+        """
+
+    @abc.abstractmethod
+    def build_detector(self) -> nn.Module:
+        """The detector alone (of a distilled run, the student), on MODEL.DEVICE. Its weights are not loaded."""
+
+    @abc.abstractmethod
+    def build_model(self) -> nn.Module:
+        """What is trained: the detector, or the ``DistillationModel`` around it, on MODEL.DEVICE."""
+
+    @abc.abstractmethod
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer of a model."""
+
+    @abc.abstractmethod
+    def build_lr_scheduler(self, optimizer: Optimizer) -> Any:
+        """What Detectron2's ``LRScheduler`` hook takes."""
+
+    @abc.abstractmethod
+    def build_train_loader(self) -> Iterable[list[dict]]:
+        """Batches in Detectron2's format, without end."""
+
+    @abc.abstractmethod
+    def build_mapper(self, keep_annotations: bool = False, scale: int = 1, image_format: str = "") -> Mapper:
+        """What reads an image as in testing.
+
+        Args:
+            keep_annotations: whether boxes and classes are kept, as in training.
+            scale: how many times the size of testing.
+            image_format: "BGR" or "RGB"; by default the config's own.
+        """
+
+    @abc.abstractmethod
+    def training_images(self) -> list[dict]:
+        """The images that are trained on, in Detectron2's data set format; prototypes are named by their index here."""
+
+    @property
+    def has_test_mapper(self) -> bool:
+        """Whether the config says how images are read for testing."""
+        return True
+
+    def evaluate(self, model: nn.Module, mapper: Mapper | None = None, folder: str = "inference") -> dict:
+        """Evaluates a detector on the test sets.
+
+        Args:
+            model: the detector, or the ``DistillationModel`` around it.
+            mapper: what reads the images; by default the config's own.
+            folder: where the evaluators write, in OUTPUT_DIR.
+
+        Returns:
+            Detectron2's results by task and metric; of several test sets, by their names.
+        """
+        results = {}
+        for name in self.cfg.DATASETS.TEST:
+            loader = build_detection_test_loader(self.cfg, name, mapper=mapper or self.build_mapper())
+            results[name] = evaluate_on(model, loader, self.build_evaluator(name, folder))
+        return next(iter(results.values())) if len(results) == 1 else results
+
+    def build_evaluator(self, dataset_name: str, folder: str = "inference") -> DatasetEvaluator:
+        """The evaluator of a data set's ``evaluator_type``.
+
+        Args:
+            dataset_name: a registered data set.
+            folder: where it writes, in OUTPUT_DIR.
+
+        Returns:
+            Detectron2's evaluator.
+
+        Raises:
+            DistillError: the data set says neither "coco" nor "pascal_voc".
+        """
+        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if evaluator_type == "coco":
+            return COCOEvaluator(dataset_name, output_dir=f"{self.cfg.OUTPUT_DIR}/{folder}")
+        if evaluator_type == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise DistillError(
+            f"The data set {dataset_name} has the evaluator_type {evaluator_type!r}: expected 'coco' or 'pascal_voc' "
+            "in its metadata."
+        )
+
+
+def evaluate_on(model: nn.Module, loader: Iterable, evaluator: DatasetEvaluator) -> dict:
+    """Runs a model over a data set and prints the results, in the main process.
+
+    Args:
+        model: the detector.
+        loader: the data set.
+        evaluator: of the data set.
+
+    Returns:
+        Detectron2's results by task and metric; empty in other processes.
+    """
+    results = inference_on_dataset(model, loader, evaluator) or {}
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def as_recipe(source: Recipe | CfgNode) -> Recipe:
+    """A recipe as it is; a yaml config as the recipe that it is.
+
+    Args:
+        source: either.
+
+    Returns:
+        The recipe.
+    """
+    from .yaml_recipe import YamlRecipe
+
+    return source if isinstance(source, Recipe) else YamlRecipe(source)
+
+
+def load_recipe(name: str, opts: Sequence[str] = ()) -> Recipe:
+    """Reads a config file.
+
+    Args:
+        name: path of a file, or the name of a config in Detectron2's model zoo; one that ends in ``.py`` is a
+            LazyConfig, which is executed.
+        opts: overrides: ``KEY VALUE ...`` for yaml, ``key=value ...`` for Python.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        DistillError: see :func:`distill.config.load_config` and :func:`distill.config.load_lazy_config`.
+    """
+    from ..config import load_config
+    from .lazy_recipe import LazyRecipe
+    from .yaml_recipe import YamlRecipe
+
+    return LazyRecipe(name, opts) if name.endswith(".py") else YamlRecipe(load_config(name, opts))

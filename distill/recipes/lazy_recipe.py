@@ -1,0 +1,179 @@
+"""A run from Detectron2's Python config (LazyConfig)."""
+
+from __future__ import annotations
+
+import copy
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetMapper
+from detectron2.engine import default_setup
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch import fcos
+from detectron2.utils import comm
+from omegaconf import OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+
+from ..config import load_lazy_config, override, resolve_config_file, write_record
+from ..data import CheckedMapper
+from ..errors import DistillError
+from .base import Mapper, Recipe, evaluate_on
+from .translate import translate
+
+_PARTS = ("dataloader.train", "optimizer", "lr_multiplier", "train.max_iter", "train.output_dir")
+
+
+class LazyRecipe(Recipe):
+    """See :class:`Recipe`. Beside Detectron2's own nodes, the config may have ``distill``, with the keys of DISTILL.
+
+    Args:
+        name: path of a file, or the name of a config in Detectron2's model zoo. It is executed.
+        opts: overrides, ``key=value``.
+
+    Raises:
+        DistillError: see :func:`distill.config.load_lazy_config`; or an unknown key under ``distill``.
+    """
+
+    def __init__(self, name: str, opts: Sequence[str] = ()) -> None:
+        self.name = name
+        self._opts = list(opts)
+        self.lazy = load_lazy_config(name, opts)
+        self._read()
+
+    def _read(self) -> None:
+        self.file = resolve_config_file(self.name)[0]
+        self.cfg = translate(self.lazy, self.file)
+        self.ddp_settings = OmegaConf.to_container(OmegaConf.select(self.lazy, "train.ddp", default=OmegaConf.create()))
+        self.max_checkpoints = OmegaConf.select(self.lazy, "train.checkpointer.max_to_keep")
+        self.log_period = OmegaConf.select(self.lazy, "train.log_period", default=20)
+
+    def set_distillation(self, names: Sequence[str], teacher_config: str, teacher_weights: str) -> None:
+        given = {"DISTILLERS": names, "TEACHER.CONFIG_FILE": teacher_config, "TEACHER.WEIGHTS": teacher_weights}
+        for key, value in given.items():
+            if value:
+                self._opts.append(override(f"distill.{key}", value))
+                OmegaConf.update(self.lazy, f"distill.{key}", value)
+        self._read()
+
+    def setup(self, args: Namespace) -> None:
+        """Detectron2's, which writes the config as text; and a Python config that starts the run again."""
+        default_setup(self.lazy, Namespace(**{**vars(args), "config_file": self.file}))
+        record = os.path.join(self.cfg.OUTPUT_DIR, "config.py")
+        if comm.is_main_process():
+            write_record(record, self.name, self._opts)
+
+    def check(self) -> None:
+        """
+        Raises:
+            DistillError: what a training takes is missing.
+        """
+        lacking = [key for key in _PARTS if OmegaConf.select(self.lazy, key) is None]
+        if lacking:
+            raise DistillError(
+                f"The Python config {self.file} has no {', no '.join(lacking)}: a training takes the nodes of "
+                "Detectron2's lazyconfig_train_net.py, such as configs/common has them."
+            )
+
+    def scale_workers(self, num_workers: int) -> None:
+        """A Python config has no number of processes that its schedule is for."""
+
+    def build_detector(self) -> nn.Module:
+        from ..modeling.meta_arch import FCOS  # it builds on configs, which this module reads
+
+        node = copy.deepcopy(self.lazy.model)
+        if node.get("_target_") in (fcos.FCOS, f"{fcos.__name__}.FCOS"):
+            node._target_ = FCOS
+        try:
+            detector = instantiate(node)
+        except Exception as error:  # whatever a constructor raises
+            raise DistillError(
+                f"The model of {self.file} cannot be built: {type(error).__name__}: {error}. Are its overrides right?"
+            ) from error
+        if getattr(detector, "input_format", self) is None:  # its drawing asks for it
+            detector.input_format = self.cfg.INPUT.FORMAT
+        return detector.to(torch.device(self.cfg.MODEL.DEVICE))
+
+    def build_model(self) -> nn.Module:
+        if not self.is_distilled:
+            return self.build_detector()
+        build = META_ARCH_REGISTRY.get(self.cfg.MODEL.META_ARCHITECTURE)
+        return build(self.cfg, build_student=self.build_detector).to(torch.device(self.cfg.MODEL.DEVICE))
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """The config's own, which knows the student's weights by their own names, and the distillers' with them."""
+        node = copy.deepcopy(self.lazy.optimizer)
+        node.params.model = _by_own_names(model) if self.is_distilled else model
+        return instantiate(node)
+
+    def build_lr_scheduler(self, optimizer: Optimizer) -> Any:
+        return instantiate(self.lazy.lr_multiplier)
+
+    def build_train_loader(self) -> Iterable[list[dict]]:
+        """The config's own train loader; errors name the image."""
+        node = copy.deepcopy(self.lazy.dataloader.train)
+        if "mapper" in node:
+            node.mapper = CheckedMapper(instantiate(node.mapper))
+        return instantiate(node)
+
+    def build_mapper(self, keep_annotations: bool = False, scale: int = 1, image_format: str = "") -> Mapper:
+        if not self.has_test_mapper:
+            raise DistillError(
+                f"The Python config {self.file} has no dataloader.test.mapper, which says how images are resized for "
+                "testing."
+            )
+        node = copy.deepcopy(self.lazy.dataloader.test.mapper)
+        for resize in node.augmentations if scale != 1 else ():
+            if "short_edge_length" not in resize:
+                raise DistillError(
+                    f"At DISTILL.STUDENT.INPUT_SCALE below 1, dataloader.test.mapper in {self.file} is to have the "
+                    "augmentation ResizeShortestEdge only, whose sizes can be scaled to the teacher's."
+                )
+            lengths = resize.short_edge_length
+            resize.short_edge_length = lengths * scale if isinstance(lengths, int) else [x * scale for x in lengths]
+            resize.max_size = resize.max_size * scale
+        node.image_format = image_format or node.image_format
+        if keep_annotations:
+            augmentations = instantiate(node.augmentations)
+            return CheckedMapper(DatasetMapper(True, augmentations=augmentations, image_format=node.image_format))
+        return CheckedMapper(instantiate(node))
+
+    @property
+    def has_test_mapper(self) -> bool:
+        """Whether the config says how images are read for testing."""
+        return OmegaConf.select(self.lazy, "dataloader.test.mapper") is not None
+
+    def training_images(self) -> list[dict]:
+        return list(instantiate(self.lazy.dataloader.train.dataset))
+
+    def evaluate(self, model: nn.Module, mapper: Mapper | None = None, folder: str = "inference") -> dict:
+        """Evaluates on ``dataloader.test`` by ``dataloader.evaluator``; without the latter, there is no result.
+
+        Args:
+            model: the detector, or the ``DistillationModel`` around it.
+            mapper: what reads the images; by default the config's own.
+            folder: unused, for a Python config says itself what its evaluator writes.
+
+        Returns:
+            Detectron2's results by task and metric.
+        """
+        if OmegaConf.select(self.lazy, "dataloader.evaluator") is None:
+            return {}
+        node = copy.deepcopy(self.lazy.dataloader.test)
+        node.mapper = mapper or self.build_mapper()
+        return evaluate_on(model, instantiate(node), instantiate(self.lazy.dataloader.evaluator))
+
+
+def _by_own_names(model: nn.Module) -> nn.Module:
+    """The student's parts and the distillers in a module of their own, so that rules on the names of weights (such as a
+    learning rate for each layer of a ViT) see the student's as those of the student alone."""
+    container = nn.Module()
+    for name, part in [*model.student.named_children(), ("distillers", model.distillers)]:
+        container.add_module(name, part)
+    for name, weight in model.student.named_parameters(recurse=False):
+        container.register_parameter(name, weight)
+    return container

@@ -1,0 +1,134 @@
+"""What of a Python config has a counterpart in Detectron2's yaml keys, and what errors call it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.registry import _convert_target_to_string
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from ..config import CLASS_NODES, add_distill_config, merge_distill_node
+
+# yaml key: key of Detectron2's Python configs
+KEYS = {
+    "MODEL.DEVICE": "train.device",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "SOLVER.MAX_ITER": "train.max_iter",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.AMP.ENABLED": "train.amp.enabled",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
+    "TEST.EVAL_PERIOD": "train.eval_period",
+    "OUTPUT_DIR": "train.output_dir",
+    "SEED": "train.seed",
+    "VIS_PERIOD": "model.vis_period",
+    "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
+}
+# what else errors name
+_NAMES = {
+    "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "DATASETS.TEST": "dataloader.test.dataset.names",
+    "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
+    "MODEL.RETINANET.NUM_CLASSES": "model.num_classes",
+    "MODEL.FCOS.NUM_CLASSES": "model.num_classes",
+    "MODEL.ANCHOR_GENERATOR.SIZES": "the anchor_generator's sizes",
+    "INPUT.MIN_SIZE_TEST": "the short_edge_length in dataloader.test.mapper",
+    "INPUT.MAX_SIZE_TEST": "the max_size in dataloader.test.mapper",
+    "INPUT.FORMAT": "dataloader.train.mapper.image_format",
+    "SOLVER.WARMUP_ITERS": "lr_multiplier's warmup_length",
+    "SOLVER.CLIP_GRADIENTS.ENABLED": "optimizer's gradient clipping",
+}
+
+
+def translate(lazy: DictConfig, origin: str) -> CfgNode:
+    """A Python config in yaml keys: DISTILL, and what :data:`KEYS` and a few special cases give.
+
+    Args:
+        lazy: the Python config; only its ``model`` is required.
+        origin: its file, for the messages.
+
+    Returns:
+        The config, not frozen. What has no counterpart is at its default.
+
+    Raises:
+        DistillError: an unknown key under ``distill``, or a value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (0,), 0  # unknown
+    for key, name in KEYS.items():
+        value = OmegaConf.select(lazy, name)
+        if value is not None:
+            *path, leaf = key.split(".")
+            node = cfg
+            for part in path:
+                node = node[part]
+            node[leaf] = type(node[leaf])(value)
+    for key, name in (("TRAIN", "train"), ("TEST", "test")):
+        names = OmegaConf.select(lazy, f"dataloader.{name}.dataset.names")
+        if names is not None:
+            cfg.DATASETS[key] = (names,) if isinstance(names, str) else tuple(names)
+        resize = next(_resizes(OmegaConf.select(lazy, f"dataloader.{name}.mapper.augmentations")), None)
+        if resize is not None:
+            lengths = resize.short_edge_length
+            lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
+            cfg.INPUT[f"MIN_SIZE_{key}"] = lengths if key == "TRAIN" else max(lengths)
+            cfg.INPUT[f"MAX_SIZE_{key}"] = resize.get("max_size", cfg.INPUT.MAX_SIZE_TEST)
+    cfg.INPUT.FORMAT = image_format(lazy)
+    arch = _name(lazy.model.get("_target_", ""))
+    if arch in CLASS_NODES:
+        heads = lazy.model.get("roi_heads", lazy.model)
+        cfg.MODEL[CLASS_NODES[arch]].NUM_CLASSES = heads.get("num_classes", 80)
+    if "distill" in lazy:
+        merge_distill_node(cfg, OmegaConf.to_container(lazy.distill, resolve=True), origin)
+    cfg.DISTILL.STUDENT.META_ARCHITECTURE = arch
+    is_distilled = cfg.DISTILL.DISTILLERS or cfg.DISTILL.STUDENT.INHERIT
+    cfg.MODEL.META_ARCHITECTURE = "DistillationModel" if is_distilled else arch
+    return cfg
+
+
+def image_format(lazy: DictConfig) -> str:
+    """The order of channels that a Python config's model takes: the data loader's, else the model's own.
+
+    Args:
+        lazy: the Python config.
+
+    Returns:
+        "BGR" or "RGB", or whatever else it says.
+    """
+    names = ("dataloader.train.mapper.image_format", "dataloader.test.mapper.image_format", "model.input_format")
+    found = (OmegaConf.select(lazy, name, throw_on_missing=False) for name in names)
+    return next((x for x in found if x), "BGR")
+
+
+def translate_message(message: str) -> str:
+    """An error message with the keys of a Python config in place of the yaml keys.
+
+    Args:
+        message: the message.
+
+    Returns:
+        The same for the user of a Python config.
+    """
+    for key, name in sorted((KEYS | _NAMES).items(), key=lambda pair: -len(pair[0])):
+        message = re.sub(rf"(?<![\w.]){re.escape(key)}(?!\w)", name, message)
+    return message.replace("DISTILL.", "distill.")
+
+
+def _resizes(node: Any) -> Iterator[DictConfig]:
+    """The resizes to a shortest edge among augmentations, also inside others."""
+    if isinstance(node, DictConfig):
+        if "short_edge_length" in node:
+            yield node
+        for value in node.values():
+            yield from _resizes(value)
+    elif isinstance(node, ListConfig):
+        for value in node:
+            yield from _resizes(value)
+
+
+def _name(target: Any) -> str:
+    return (target if isinstance(target, str) else _convert_target_to_string(target)).rpartition(".")[2]
