@@ -5,7 +5,8 @@
 
 ``DIR/config.yaml`` holds Detectron2's own keys only, unless the student itself is an FCOS or stands on a torchvision
 backbone: then ``MODEL.FCOS`` or ``MODEL.TORCHVISION`` stay, and who loads it imports ``distill.modeling`` and calls
-``add_distill_config`` first.
+``add_distill_config`` first. For a Python config, ``DIR/config.yaml`` is read by ``LazyConfig.load``; a config that
+cannot be dumped, as with functions in it, is written as ``DIR/config.py``, which loads the original file.
 """
 
 import argparse
@@ -17,9 +18,9 @@ import torch
 from detectron2.utils.logger import setup_logger
 
 import distill.modeling  # noqa: F401  registers its backbones and meta-architectures
-from distill.config import load_config, plain_config
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
+from distill.recipes import YamlRecipe, load_recipe
 
 logger = logging.getLogger("detectron2.export")
 
@@ -36,19 +37,18 @@ def export(config_file: str, weights: str, output: str, opts: list[str]) -> None
     Raises:
         DistillError: the checkpoint does not fill the student.
     """
-    cfg = plain_config(load_config(config_file, opts))
+    recipe = load_recipe(config_file, opts).plain()
+    cfg = recipe.cfg
     device, cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = cfg.MODEL.DEVICE, "cpu", weights
-    model = load_detector(cfg, "student")
+    model = load_detector(recipe, "student")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = device, str(folder / "model_final.pth")
-    torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
-    if "TORCHVISION" in cfg.MODEL:
-        cfg.MODEL.TORCHVISION.WEIGHTS = ""  # model_final.pth holds all weights
-    (folder / "config.yaml").write_text(cfg.dump())
-    logger.info(f"{folder} holds config.yaml and model_final.pth")
+    cfg.MODEL.DEVICE = device
+    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    written = recipe.write(str(folder), str(folder / "model_final.pth"))
+    logger.info(f"{folder} holds {Path(written).name} and model_final.pth")
     ours = [key for key in ("FCOS", "TORCHVISION") if key in cfg.MODEL]
-    if ours:
+    if ours and isinstance(recipe, YamlRecipe):
         logger.info(
             f"The student is built from MODEL.{' and MODEL.'.join(ours)}: to load it, import distill.modeling and call "
             "distill.add_distill_config(cfg) before cfg.merge_from_file."

@@ -23,6 +23,11 @@ class CheckedMapper:
         try:
             return self.mapper(dataset_dict)
         except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three, without the file's name
+            if "mask_format" in str(error):
+                raise DistillError(
+                    f"Cannot use the masks of {dataset_dict.get('file_name')!r}: {error} If they are run-length "
+                    "encoded, set INPUT.MASK_FORMAT bitmask."
+                ) from error
             raise DistillError(
                 f"Cannot read the image {dataset_dict.get('file_name')!r}: {error}. Replace the file, or take it out "
                 "of the data set; --resume goes on from the last checkpoint."

@@ -110,6 +110,22 @@ class Recipe(abc.ABC):
     def training_images(self) -> list[dict]:
         """The images that are trained on, in Detectron2's data set format; prototypes are named by their index here."""
 
+    @abc.abstractmethod
+    def plain(self) -> Recipe:
+        """The detector's recipe as plain Detectron2 has it, without distillation; its config is a copy, not frozen."""
+
+    @abc.abstractmethod
+    def write(self, folder: str, weights: str) -> str:
+        """Writes a config that plain Detectron2 reads.
+
+        Args:
+            folder: an existing folder.
+            weights: what the config names as its weights.
+
+        Returns:
+            The file.
+        """
+
     @property
     def has_test_mapper(self) -> bool:
         """Whether the config says how images are read for testing."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetMapper
 from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -62,10 +64,36 @@ class LazyRecipe(Recipe):
 
     def setup(self, args: Namespace) -> None:
         """Detectron2's, which writes the config as text; and a Python config that starts the run again."""
-        default_setup(self.lazy, Namespace(**{**vars(args), "config_file": self.file}))
+        with _silenced("detectron2.config.lazy"):  # the record below is what starts the run again
+            default_setup(self.lazy, Namespace(**{**vars(args), "config_file": self.file}))
         record = os.path.join(self.cfg.OUTPUT_DIR, "config.py")
         if comm.is_main_process():
             write_record(record, self.name, self._opts)
+
+    def plain(self) -> LazyRecipe:
+        plain = copy.copy(self)
+        plain.lazy = copy.deepcopy(self.lazy)
+        plain.lazy.pop("distill", None)
+        plain._read()
+        return plain
+
+    def write(self, folder: str, weights: str) -> str:
+        """As Detectron2's own dump; where it cannot be read again, as with functions in it, as a Python config of the
+        original file with overrides."""
+        path = os.path.join(folder, "config.yaml")
+        lazy = copy.deepcopy(self.lazy)
+        OmegaConf.update(lazy, "train.init_checkpoint", weights)
+        with _silenced("detectron2.config.lazy"):
+            LazyConfig.save(lazy, path)
+        try:
+            LazyConfig.load(path)
+        except Exception:  # the dump is text only
+            for written in (path, f"{path}.pkl"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(written)
+            path = os.path.join(folder, "config.py")
+            write_record(path, self.name, [*self._opts, override("train.init_checkpoint", weights)])
+        return path
 
     def check(self) -> None:
         """
@@ -166,6 +194,17 @@ class LazyRecipe(Recipe):
         node = copy.deepcopy(self.lazy.dataloader.test)
         node.mapper = mapper or self.build_mapper()
         return evaluate_on(model, instantiate(node), instantiate(self.lazy.dataloader.evaluator))
+
+
+@contextlib.contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Keeps a logger from telling with a traceback what is dealt with here."""
+    own = logging.getLogger(name)
+    before, own.disabled = own.disabled, True
+    try:
+        yield
+    finally:
+        own.disabled = before
 
 
 def _by_own_names(model: nn.Module) -> nn.Module:

@@ -37,6 +37,7 @@ _NAMES = {
     "MODEL.ANCHOR_GENERATOR.SIZES": "the anchor_generator's sizes",
     "INPUT.MIN_SIZE_TEST": "the short_edge_length in dataloader.test.mapper",
     "INPUT.MAX_SIZE_TEST": "the max_size in dataloader.test.mapper",
+    "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
     "SOLVER.WARMUP_ITERS": "lr_multiplier's warmup_length",
     "SOLVER.CLIP_GRADIENTS.ENABLED": "optimizer's gradient clipping",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 from torch.optim import Optimizer
 
-from ..config import auto_scale_workers, resolve_config_file, student_config
+from ..config import auto_scale_workers, plain_config, resolve_config_file, student_config
 from ..data import CheckedMapper
 from ..errors import DistillError
 from .base import Mapper, Recipe
@@ -56,6 +57,19 @@ class YamlRecipe(Recipe):
 
     def scale_workers(self, num_workers: int) -> None:
         self.cfg = auto_scale_workers(self.cfg, num_workers)
+
+    def plain(self) -> YamlRecipe:
+        return YamlRecipe(plain_config(self.cfg))
+
+    def write(self, folder: str, weights: str) -> str:
+        cfg = self.cfg.clone()
+        cfg.MODEL.WEIGHTS = weights
+        if "TORCHVISION" in cfg.MODEL:
+            cfg.MODEL.TORCHVISION.WEIGHTS = ""  # the weights are in the file
+        path = os.path.join(folder, "config.yaml")
+        with open(path, "w") as f:
+            f.write(cfg.dump())
+        return path
 
     def build_detector(self) -> nn.Module:
         return build_model(student_config(self.cfg))
