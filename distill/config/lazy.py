@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +16,8 @@ from .loading import resolve_config_file
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+logger = logging.getLogger(__name__)
 
 _RECORD = '"""What this run was started from, written by train_net.py. Give it as --config-file to start it again."""\n'
 
@@ -33,6 +37,7 @@ def load_lazy_config(name: str, opts: Sequence[str] = ()) -> DictConfig:
         DistillError: no such file, it cannot be executed, it describes no model, or an override cannot be applied.
     """
     path = resolve_config_file(name)[0]
+    logger.info(f"Executing the Python config {path}")
     try:
         cfg = LazyConfig.load(path)
     except Exception as error:  # whatever the program raises
@@ -68,7 +73,8 @@ def override(key: str, value: str | Sequence[str]) -> str:
 
 
 def _quote(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    text = re.sub(r"(\\+)('|$)", lambda found: 2 * found[1] + found[2], text)  # elsewhere a backslash is itself
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def write_record(path: str, name: str, opts: Sequence[str]) -> None:

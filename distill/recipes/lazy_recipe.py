@@ -17,6 +17,7 @@ from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import fcos
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import Optimizer
@@ -26,6 +27,8 @@ from ..data import CheckedMapper
 from ..errors import DistillError
 from .base import Mapper, Recipe, evaluate_on
 from .translate import translate
+
+logger = logging.getLogger(__name__)
 
 _PARTS = ("dataloader.train", "optimizer", "lr_multiplier", "train.max_iter", "train.output_dir")
 
@@ -66,6 +69,8 @@ class LazyRecipe(Recipe):
         """Detectron2's, which writes the config as text; and a Python config that starts the run again."""
         with _silenced("detectron2.config.lazy"):  # the record below is what starts the run again
             default_setup(self.lazy, Namespace(**{**vars(args), "config_file": self.file}))
+        setup_logger(self.cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
+        logger.info(f"The Python config {self.file} was executed.")  # before there was a log
         record = os.path.join(self.cfg.OUTPUT_DIR, "config.py")
         if comm.is_main_process():
             write_record(record, self.name, self._opts)

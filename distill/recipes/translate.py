@@ -115,7 +115,7 @@ def translate_message(message: str) -> str:
         The same for the user of a Python config.
     """
     for key, name in sorted((KEYS | _NAMES).items(), key=lambda pair: -len(pair[0])):
-        message = re.sub(rf"(?<![\w.]){re.escape(key)}(?!\w)", name, message)
+        message = re.sub(rf"(?<![\w.'\"]){re.escape(key)}(?!\w)", name, message)
     return message.replace("DISTILL.", "distill.")
 
 

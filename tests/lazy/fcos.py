@@ -2,7 +2,7 @@
 
 from detectron2 import model_zoo
 
-from .mask_rcnn import dataloader
+from .mask_rcnn import dataloader, lr_multiplier, optimizer, train
 from .shrink import shrink_dense, shrink_resnet
 
 model = model_zoo.get_config("common/models/fcos.py").model

@@ -1,0 +1,324 @@
+"""train_net.py with Python configs: what a yaml config promises holds for them, too."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from detectron2.config import LazyConfig
+
+from distill.config import override
+from distill.modeling import DistillationModel
+from distill.recipes import LazyRecipe, load_recipe, translate_message
+from tests.helpers import ROOT, detector_cfg, run_script, write_teacher
+from tests.modeling.test_lazy_teachers import write_lazy_teacher
+from tests.test_train_net import SMALL_SCENES, read_metrics
+
+
+def write_student(folder, name="mask_rcnn", more=""):
+    """A small Python config on digit scenes; returns its path."""
+    shutil.copytree(ROOT / "tests/lazy", folder / "lazy", dirs_exist_ok=True)
+    path = folder / "lazy" / f"{name}.py"
+    path.write_text(path.read_text() + f"train.output_dir = {str(folder / 'out')!r}\n" + more)
+    return str(path)
+
+
+def write_yaml_teacher(folder, kind="mask_rcnn"):
+    paths = write_teacher(folder, detector_cfg(kind, channels=32, **SMALL_SCENES))
+    return [f"--teacher-{key}" for key in ("config", "weights")], list(paths.values())
+
+
+def teacher_arguments(folder, **settings):
+    (names, values) = write_yaml_teacher(folder, **settings)
+    return [x for pair in zip(names, values) for x in pair]
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "fcos"])
+def test_distil_and_start_again_from_what_it_wrote(tmp_path, name):
+    teacher = teacher_arguments(tmp_path, kind=name if name == "mask_rcnn" else "retinanet")
+    arguments = ["--config-file", write_student(tmp_path, name), "--distill", "ReviewDistiller", *teacher]
+    result = run_script("train_net.py", *arguments, "distill.REVIEW.LOSS_WEIGHT=2.0", "train.amp.enabled=True")
+    assert result.returncode == 0, result.stderr[-3000:]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    for line in (f"The Python config {tmp_path}", "training in float32", "Student: ", "| ReviewDistiller "):
+        assert line in log
+    assert "Traceback" not in log and "Unable to serialize" not in log
+    first = read_metrics(tmp_path / "out")
+    assert first["loss_review"] > 0 and first["weight/loss_review"] == 2.0
+    state = torch.load(tmp_path / "out" / "model_final.pth")["model"]
+    recipe = LazyRecipe(str(tmp_path / "out" / "config.py"), ["train.device=cpu"])
+    assert {key for key in state if not key.startswith("distillers.")} == set(recipe.build_detector().state_dict())
+
+    again = run_script(
+        *("train_net.py", "--config-file", str(tmp_path / "out" / "config.py")),
+        f"train.output_dir={tmp_path / 'again'}",
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert read_metrics(tmp_path / "again")["total_loss"] == pytest.approx(first["total_loss"], rel=1e-6)
+    recorded = LazyConfig.load(str(tmp_path / "again" / "config.py"), ("_file", "_overrides"))
+    assert recorded[0] == str(tmp_path / "lazy" / f"{name}.py")  # the original, not the record of the first run
+    assert recorded[1][0] == "distill.REVIEW.LOSS_WEIGHT=2.0" and "again" in recorded[1][-1]
+
+
+def test_a_distill_node_a_kill_and_two_processes(tmp_path):
+    _, values = write_yaml_teacher(tmp_path)
+    node = {
+        "DISTILLERS": ["StructuralDistiller", "GlobalKnowledgeDistiller"],
+        "TEACHER": {"CONFIG_FILE": values[0], "WEIGHTS": values[1]},
+        "STUDENT": {"INHERIT": ["proposal_generator.rpn_head.objectness_logits.bias"]},
+        "GLOBAL": {"UPDATE_PERIOD": 500, "MAX_IMAGES": 4, "MIN_BOX_SIZE": 4},
+        "BALANCE": 0.5,
+    }
+    more = f"distill = dict({node!r})\ntrain.max_iter, train.checkpointer.period = 1000, 2\n"
+    config = write_student(tmp_path, more=more)
+    command = [sys.executable, "train_net.py", "--num-gpus", "2", "--config-file", config]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last, deadline = tmp_path / "out" / "last_checkpoint", time.time() + 400
+    while not (last.exists() and last.read_text()):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(2)  # for its workers to end with it
+    saved = torch.load(tmp_path / "out" / last.read_text())
+    done = saved["iteration"] + 1
+    assert saved["trainer"]["_trainer"]["optimizer"]["state"]  # momentum goes on, too
+    config = str(tmp_path / "out" / "config.py")
+    result = run_script(
+        "train_net.py", "--num-gpus", "2", "--config-file", config, "--resume", f"train.max_iter={done + 2}"
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert f"Starting training from iteration {done}" in log and log.count("The student inherits 1 weights") == 1
+    assert log.count("Prototypes: ") == 1  # the checkpoint has them
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics["loss_structural"] > 0 and metrics["loss_local"] > 0 and "loss_global" in metrics
+    final = torch.load(tmp_path / "out" / "model_final.pth")
+    assert final["iteration"] == done + 1
+
+
+PLAIN = """
+import json, sys
+sys.modules["distill"] = None  # importing it fails
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import inference_on_dataset
+
+config, weights, annotations, images = sys.argv[1:]
+register_coco_instances("digit_scenes_val", {}, annotations, images)
+cfg = LazyConfig.load(config)
+model = instantiate(cfg.model).eval()
+DetectionCheckpointer(model).load(weights or cfg.train.init_checkpoint)
+results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+print("AP", results["bbox"]["AP50"], results["segm"]["AP50"])
+"""
+
+
+def test_the_student_leaves_as_plain_detectron2_with_the_same_ap(tmp_path):
+    from distill.data.digit_scenes import prepare_digit_scenes
+
+    evaluator = (
+        "from detectron2.config import LazyCall as L\nfrom detectron2.evaluation import COCOEvaluator\n"
+        "dataloader.evaluator = L(COCOEvaluator)(dataset_name='${..test.dataset.names}')\n"
+        "model.roi_heads.box_predictor.test_score_thresh = 0.0\n"
+    )
+    config = write_student(tmp_path, more=evaluator)
+    arguments = ["--config-file", config, "--distill", "ReviewDistiller", *teacher_arguments(tmp_path)]
+    result = run_script("train_net.py", *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    trained = read_metrics(tmp_path / "out")
+    weights = str(tmp_path / "out" / "model_final.pth")
+    record = str(tmp_path / "out" / "config.py")
+    (tmp_path / "teacher.pth").unlink()  # neither evaluating nor exporting needs it
+    result = run_script("train_net.py", "--eval-only", "--config-file", record, f"train.init_checkpoint={weights}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    copied = [line for line in result.stdout.splitlines() if "copypaste: " in line and "," in line and "AP" not in line]
+    aps = [float(line.rsplit(" ", 1)[1].split(",")[1]) for line in copied]
+    assert aps == pytest.approx([trained["bbox/AP50"], trained["segm/AP50"]], abs=1e-4)
+
+    out = tmp_path / "exported"
+    result = run_script("tools/export_student.py", "--config-file", record, "--weights", weights, "--output", str(out))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "distill" not in (out / "config.yaml").read_text().replace(str(tmp_path), "")
+    (tmp_path / "plain.py").write_text(PLAIN)
+    scenes = prepare_digit_scenes()
+    data = [str(scenes / "instances_val.json"), str(scenes / "JPEGImages")]
+    result = run_script(str(tmp_path / "plain.py"), str(out / "config.yaml"), "", *data, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [float(x) for x in result.stdout.strip().splitlines()[-1].split()[1:]]
+    assert found == pytest.approx([trained["bbox/AP50"], trained["segm/AP50"]], abs=1e-4)
+
+
+def test_a_config_that_cannot_be_dumped_is_exported_as_its_file_and_overrides(tmp_path):
+    more = "model.roi_heads.box_head.conv_norm = lambda channels: None\n"
+    recipe = LazyRecipe(write_student(tmp_path, more=more), ["train.device=cpu"])
+    written = recipe.plain().write(str(tmp_path), str(tmp_path / "model_final.pth"))
+    assert written == str(tmp_path / "config.py") and not list(tmp_path.glob("config.yaml*"))
+    loaded = LazyConfig.load(written)
+    assert loaded.train.init_checkpoint == str(tmp_path / "model_final.pth") and loaded.train.device == "cpu"
+
+
+def test_a_yaml_student_learns_from_a_new_baseline_which_is_evaluated_as_its_config_says(tmp_path):
+    scenes = {**SMALL_SCENES, "OUTPUT_DIR": str(tmp_path / "out"), "INPUT.MIN_SIZE_TEST": 96}
+    (tmp_path / "student.yaml").write_text(detector_cfg("faster_rcnn", **scenes).dump())
+    paths = write_lazy_teacher(tmp_path, "R_50")
+    weights = torch.load(paths["DISTILL.TEACHER.WEIGHTS"])["model"]
+    with open(paths["DISTILL.TEACHER.CONFIG_FILE"], "a") as f:
+        f.write("from .mask_rcnn import dataloader\nmodel.roi_heads.num_classes = 10\n")
+    shutil.copy(ROOT / "tests/lazy/mask_rcnn.py", tmp_path)
+    recipe = LazyRecipe(paths["DISTILL.TEACHER.CONFIG_FILE"], ["train={device: cpu}"])
+    torch.save({"model": {**weights, **fresh_heads(recipe, weights)}}, paths["DISTILL.TEACHER.WEIGHTS"])
+    arguments = [
+        *("--config-file", str(tmp_path / "student.yaml"), "--distill", "ReviewDistiller"),
+        *("--teacher-config", paths["DISTILL.TEACHER.CONFIG_FILE"]),
+        *("--teacher-weights", paths["DISTILL.TEACHER.WEIGHTS"]),
+    ]
+    result = run_script("train_net.py", *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert f"Executing the Python config {tmp_path / 'teacher.py'}" in log and "Teacher: GeneralizedRCNN" in log
+    assert read_metrics(tmp_path / "out")["loss_review"] > 0
+    result = run_script(
+        *("train_net.py", *arguments, "--eval-only", "--eval-teacher"),
+        *("DATASETS.TEST", "['digit_scenes_val']"),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "short_edge_length=(64, 64)" in result.stdout and "short_edge_length=(96, 96)" not in result.stdout
+    assert (tmp_path / "out" / "teacher" / "inference" / "coco_instances_results.json").exists()
+
+
+def fresh_heads(recipe, weights):
+    """Random weights of what has another shape since the number of classes changed."""
+    state = recipe.build_detector().state_dict()
+    return {key: value for key, value in state.items() if value.shape != weights[key].shape}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["distill.REVIEW.LOS_WEIGHT=2.0"], "Unknown key 'distill.REVIEW.LOS_WEIGHT'.*'distill.REVIEW.LOSS_WEIGHT'"),
+        (["distill.REVIEW.LOSS_WEIGHT=high"], "Cannot use config.*LOSS_WEIGHT"),
+        (["distill.REVIEW.LEVELS=[p8]"], "distill.REVIEW.LEVELS asks for p8, which the student does not have"),
+        (["train.max_iter=0"], "train.max_iter is 0: expected a number of iterations above 0"),
+        (["dataloader.train.total_batch_size=-4"], "dataloader.train.total_batch_size is -4"),
+        (["SOLVER.MAX_ITER", "2"], "Cannot apply the override 'SOLVER.MAX_ITER'.*takes key=value"),
+        (["model.roi_heads.num_classes=4"], "has 10 classes.*model.roi_heads.num_classes is 4"),
+        (["model.roi_heads.strange=4"], "The model of .*mask_rcnn.py cannot be built: TypeError"),
+        (["dataloader.train.dataset.names=nowhere"], "Unknown data set 'nowhere' in "),
+        (["train.init_checkpoint=/nowhere.pth"], "Cannot load '/nowhere.pth' into the model"),
+        (["train.output_dir=/proc/x"], "train.output_dir is '/proc/x', which cannot be written"),
+        (["--distill", "NoDistiller"], "Unknown distiller 'NoDistiller' in distill.DISTILLERS"),
+        (["--teacher-config", "nothing.py"], "'nothing.py' is neither a file nor a config"),
+        (["--teacher-weights", "/nowhere.pth"], "teacher's weights '/nowhere.pth' cannot be read"),
+    ],
+)
+def test_bad_input_ends_with_one_message(tmp_path, arguments, message, monkeypatch):
+    import train_net
+
+    given = ["--config-file", write_student(tmp_path), "--distill", "ReviewDistiller", *teacher_arguments(tmp_path)]
+    parsed = train_net.argument_parser().parse_args([*given, *arguments])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        loads = "init_checkpoint" in arguments[0]
+        loader = (lambda self: []) if loads else (lambda self: pytest.fail("data was loaded"))
+        patch.setattr(train_net.Trainer, "build_train_loader", loader)
+        train_net.run(parsed)
+    text = str(exit_.value)
+    assert text.startswith("error: ") and all(part in text for part in message.split(".*")), text
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("model = dict(", "SyntaxError"),
+        ("raise RuntimeError('no data here')", "RuntimeError: no data here (at "),
+        ("from .nothing import model", "ImportError"),
+        ("weights = 3", "has no model"),
+    ],
+)
+def test_a_program_that_fails_is_named(tmp_path, content, message):
+    import train_net
+
+    (tmp_path / "student.py").write_text(content)
+    with pytest.raises(SystemExit) as exit_:
+        train_net.run(train_net.argument_parser().parse_args(["--config-file", str(tmp_path / "student.py")]))
+    assert message in str(exit_.value) and "student.py" in str(exit_.value)
+
+
+def test_a_config_without_a_schedule_is_refused_for_training(tmp_path):
+    import train_net
+
+    path = write_student(tmp_path, more="del optimizer, lr_multiplier\n")
+    with pytest.raises(SystemExit, match="has no optimizer, no lr_multiplier: a training takes the nodes"):
+        train_net.run(train_net.argument_parser().parse_args(["--config-file", path]))
+
+
+def test_numbers_of_a_python_config_in_yaml_keys(tmp_path):
+    path = write_student(tmp_path, more="train.eval_period, dataloader.train.mapper.image_format = 70, 'RGB'\n")
+    recipe = load_recipe(path, ["train.max_iter=300", "dataloader.train.total_batch_size=6", "train.device=cpu"])
+    cfg = recipe.cfg
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (300, 6, 0.001)
+    assert (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, recipe.max_checkpoints) == (70, 5000, 100)
+    assert cfg.DATASETS.TRAIN == ("digit_scenes_train",) and cfg.DATASETS.TEST == ("digit_scenes_val",)
+    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+    assert cfg.INPUT.FORMAT == "RGB" and cfg.INPUT.MIN_SIZE_TEST == 64 and cfg.SEED == 1
+    assert recipe.ddp_settings == {
+        "broadcast_buffers": False,
+        "find_unused_parameters": False,
+        "fp16_compression": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ("", "BGR"),
+        ("dataloader = {}\nmodel.input_format = 'RGB'\n", "RGB"),
+        ("dataloader = {}\ndel model.input_format\n", "BGR"),
+    ],
+)
+def test_the_order_of_channels(tmp_path, more, expected):
+    assert expected == LazyRecipe(write_student(tmp_path, more=more)).cfg.INPUT.FORMAT
+
+
+def test_rules_on_the_names_of_weights_see_the_students_own(tmp_path):
+    seen = []
+    paths = dict(zip(("CONFIG_FILE", "WEIGHTS"), write_yaml_teacher(tmp_path)[1]))
+    opts = [override(f"distill.TEACHER.{key}", value) for key, value in paths.items()]
+    recipe = LazyRecipe(write_student(tmp_path), [*opts, "distill.DISTILLERS=[ReviewDistiller]", "train.device=cpu"])
+    model = recipe.build_model()
+    assert isinstance(model, DistillationModel)
+    recipe.lazy.optimizer.params.lr_factor_func = lambda name: seen.append(name) or 1.0
+    recipe.lazy.optimizer.params.base_lr = 0.001
+    try:
+        optimizer = recipe.build_optimizer(model)
+    except TypeError:  # Detectron2 v0.6 has no such function
+        recipe.lazy.optimizer.params.pop("lr_factor_func")
+        optimizer = recipe.build_optimizer(model)
+        seen = [key for key, p in model.student.named_parameters() if p.requires_grad]
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    given = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(given) == len(set(given)) and set(given) == trained
+    assert {name for name in seen if not name.startswith("distillers.")} == {
+        name for name, p in model.student.named_parameters() if p.requires_grad
+    }
+
+
+def test_messages_speak_of_the_keys_of_a_python_config():
+    message = "SOLVER.MAX_ITER is 0 and DISTILL.BALANCE 2, MODEL.WEIGHTS names it; MY.SOLVER.MAX_ITER and SEEDS stay"
+    assert translate_message(message) == (
+        "train.max_iter is 0 and distill.BALANCE 2, train.init_checkpoint names it; MY.SOLVER.MAX_ITER and SEEDS stay"
+    )
+
+
+def test_overrides_are_quoted(tmp_path):
+    config = LazyConfig.apply_overrides(
+        LazyConfig.load(write_student(tmp_path)), [override("a.b", "it's, {a} = \\ b"), override("c", ["x/y z", "w"])]
+    )
+    assert config.a.b == "it's, {a} = \\ b" and json.dumps(list(config.c)) == '["x/y z", "w"]'
