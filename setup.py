@@ -14,8 +14,9 @@ setup(
         "numpy>=1.24,<3",
         "Pillow>=10",
         "pycocotools>=2.0.6,<3",
-        "fvcore>=0.1.5,<0.1.6",  # these three as Detectron2 itself wants them
+        "fvcore>=0.1.5,<0.1.6",  # these four as Detectron2 itself wants them
         "iopath>=0.1.7,<0.1.10",
+        "omegaconf>=2.1,<3",
         "tabulate>=0.9,<1",
         "tensorboard>=2.10,<3",
         "tqdm>=4.29,<5",  # progress of the search for prototypes; Detectron2 needs it itself
@@ -26,6 +27,6 @@ setup(
         "shapely>=2,<3",  # Detectron2 crops polygons with it (INPUT.CROP and the large-scale jitter, with masks)
         "setuptools<81",  # Detectron2 v0.6 imports pkg_resources
     ],
-    # scikit-image: structural similarity is tested against its own
-    extras_require={"dev": ["pytest>=7", "ruff>=0.6", "scikit-image>=0.22,<1"]},
+    # scikit-image: structural similarity is tested against its own; timm: Detectron2's ViT, Swin and MViT import it
+    extras_require={"dev": ["pytest>=7", "ruff>=0.6", "scikit-image>=0.22,<1", "timm>=1,<2"]},
 )

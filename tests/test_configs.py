@@ -32,7 +32,7 @@ def test_builds_and_takes_a_step(path: Path, monkeypatch):
         "MODEL.TORCHVISION.WEIGHTS",
         "",
         "DISTILL.TEACHER.OPTS",
-        "['MODEL.TORCHVISION.WEIGHTS', '']",
+        "[]" if "LSJ" in path.stem else "['MODEL.TORCHVISION.WEIGHTS', '']",  # Python configs have no such key
         "DISTILL.ALIGNED.WARMUP_ITERS",  # in the first step its loss would be 0
         "0",
     ]
@@ -67,6 +67,7 @@ def test_the_published_settings_of_knowledge_review():
         "faster_rcnn_R18_R101": 1.2,
         "faster_rcnn_R50_R101": 1.0,
         "faster_rcnn_MobileNetV2_R50": 2.0,
+        "faster_rcnn_R18_R101_LSJ": 1.2,
         "mask_rcnn_R18_R101": 1.5,
         "mask_rcnn_R50_R101": 0.8,
         "mask_rcnn_MobileNetV2_R50": 1.0,
