@@ -70,7 +70,7 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
     except yaml.constructor.ConstructorError as error:
         raise DistillError(
             f"Config {path} is not safe YAML: {error.problem}{error.problem_mark or ''}. Python tags can run any "
-            "code and are refused: write the value out."
+            f"code and are refused: {_beside(path)}."
         ) from None
     except yaml.YAMLError as error:
         raise DistillError(f"Config {path} is not valid YAML: {error}") from None
@@ -88,6 +88,13 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
     except _MERGE_ERRORS as error:
         raise _explain(error, cfg, "the overrides (KEY VALUE ...)") from None
     return cfg
+
+
+def _beside(path: str) -> str:
+    record = os.path.join(os.path.dirname(path), "config.py")
+    if os.path.isfile(record):
+        return f"this is the text of a Python config; {record} starts its run again"
+    return "write the value out"
 
 
 def merge_distill_node(cfg: CfgNode, node: Mapping[str, Any], origin: str) -> None:
