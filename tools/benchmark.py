@@ -38,7 +38,7 @@ from fvcore.nn import FlopCountAnalysis
 from tabulate import tabulate
 from torch import nn
 
-from distill.config import load_config, student_config
+from distill.config import drop_backbone_weights, load_config, student_config
 from distill.distillers import build_distillers
 from distill.errors import DistillError
 from distill.modeling import DetectorView, DistillationModel, Teacher
@@ -130,7 +130,8 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     """The parts of a step, and the whole, as functions to time."""
     cfg.SOLVER.BASE_LR = 0.0  # random weights on random images would diverge
     source = teacher_recipe(cfg)
-    cfg.MODEL.TORCHVISION.WEIGHTS = source.cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    drop_backbone_weights(cfg)
+    drop_backbone_weights(source.cfg)
     student = build_model(student_config(cfg))
     teacher = Teacher(source.build_detector())
     scaling = build_scaling(cfg)
@@ -309,7 +310,8 @@ def measure_inference(cfg: CfgNode, image_size: tuple[int, int], rounds: int) ->
     runs, inputs, flops, weights = {}, {}, {}, {}
     for name, recipe in inference_recipes(cfg).items():
         own = recipe.cfg
-        own.MODEL.TORCHVISION.WEIGHTS, own.MODEL.DEVICE = "", cfg.MODEL.DEVICE
+        drop_backbone_weights(own)
+        own.MODEL.DEVICE = cfg.MODEL.DEVICE
         model = recipe.build_detector().eval()
         resize = ResizeShortestEdge(own.INPUT.MIN_SIZE_TEST, own.INPUT.MAX_SIZE_TEST)
         resized = resize.get_transform(image).apply_image(image)

@@ -6,6 +6,7 @@ from .lazy import load_lazy_config, override, write_record
 from .loading import (
     CLASS_NODES,
     detector_config,
+    drop_backbone_weights,
     import_modules,
     load_config,
     merge_distill_node,
@@ -25,6 +26,7 @@ __all__ = [
     "check_output_dir",
     "check_solver",
     "detector_config",
+    "drop_backbone_weights",
     "import_modules",
     "load_config",
     "load_lazy_config",

@@ -165,6 +165,18 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Which pyramid an AlignedTeacher detects on: "high" (the whole image), "low" (half its size) or "fused" (both)
     _C.TEST.SCALES = "fused"
 
+    # timm's networks, for build_timm_fpn_backbone
+    _C.MODEL.TIMM = CN()
+    # A name of timm's, such as "mobilenetv4_conv_small"; see timm.list_models()
+    _C.MODEL.TIMM.NAME = "mobilenetv2_100"
+    # Which of timm's stages the FPN takes, finest first. Empty: all of stride 4 and more.
+    _C.MODEL.TIMM.OUT_INDICES = []
+    # What the network's batch norms are: "BN", "FrozenBN", "SyncBN" or "GN"
+    _C.MODEL.TIMM.NORM = "FrozenBN"
+    # Empty: random; one of timm's pretrained tags, such as "ra_in1k" (downloaded, or cached); a file with a state dict
+    # of the whole network; or "package:NAME", the weights that an installed package holds
+    _C.MODEL.TIMM.WEIGHTS = ""
+
     # torchvision classification networks, for build_torchvision_fpn_backbone
     _C.MODEL.TORCHVISION = CN()
     # A name of torchvision.models, such as "resnet18" or "mobilenet_v2"

@@ -27,6 +27,7 @@ from ..errors import DistillError
 from ..modeling import DistillationModel
 from ..modeling.backbones import freeze_unused_levels
 from ..modeling.checkpoint import describe_weights
+from ..modeling.timm_weights import check_backbone
 from ..recipes import Recipe, as_recipe
 from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
 from .hooks import CheckGradients, DrawDenseDetections
@@ -132,17 +133,21 @@ class Trainer(TrainerBase):
         last = agreed_checkpoint(self.checkpointer) if resume else ""
         path = last or self.cfg.MODEL.WEIGHTS
         failure, message = None, ""
+        hint = "to start anew, or with another optimizer or other distillers, leave --resume out"
         try:
+            check_backbone(self._unwrapped_model(), path)
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=bool(last))
+        except DistillError as error:
+            failure, message = error, str(error)
         except Exception as error:  # a missing or damaged file, another optimizer, other distillers
-            failure, message = error, str(error) or type(error).__name__
+            failure = error
+            message = (
+                f"Cannot load {path!r} into the model: {str(error) or type(error).__name__}. Check that the file "
+                f"exists and is complete; {hint if last else 'MODEL.WEIGHTS names it'}."
+            )
         message = next(filter(None, comm.all_gather(message)), "")  # where one fails, the others must not wait for it
         if message:
-            hint = "to start anew, or with another optimizer or other distillers, leave --resume out"
-            raise DistillError(
-                f"Cannot load {path!r} into the model: {message}. Check that the file exists and is complete; "
-                f"{hint if last else 'MODEL.WEIGHTS names it'}."
-            ) from failure
+            raise DistillError(message) from failure
         self.start_iter = self.iter + 1 if last else 0  # a checkpoint holds the iteration that was done
         check_alike(self.start_iter, "The processes would start at different iterations", self.cfg.OUTPUT_DIR)
         model = self._unwrapped_model()

@@ -6,6 +6,7 @@ from .distillation_model import DistillationModel
 from .fusion import CrossFeatureFusion
 from .meta_arch import FCOS
 from .teacher import Teacher, build_teacher
+from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 from .views import DetectorView
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "DetectorView",
     "DistillationModel",
     "Teacher",
+    "TimmBackbone",
     "TorchvisionBackbone",
     "build_slimmable_resnet_fpn_backbone",
     "build_teacher",
+    "build_timm_fpn_backbone",
     "build_torchvision_fpn_backbone",
 ]

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..config import drop_backbone_weights
 from ..errors import DistillError
 from ..recipes import Recipe, YamlRecipe, as_recipe
 
@@ -117,10 +118,10 @@ def load_detector(source: CfgNode | Recipe, role: str) -> nn.Module:
     """
     recipe = as_recipe(source)
     weights = recipe.cfg.MODEL.WEIGHTS
-    if isinstance(recipe, YamlRecipe) and "TORCHVISION" in recipe.cfg.MODEL:
+    if isinstance(recipe, YamlRecipe):
         cfg = recipe.cfg.clone()
         cfg.defrost()
-        cfg.MODEL.TORCHVISION.WEIGHTS = ""  # they would be overwritten at once, and may have to be downloaded
+        drop_backbone_weights(cfg)  # they would be overwritten at once, and may have to be downloaded
         recipe = YamlRecipe(cfg)
     model = recipe.build_detector()
     StrictCheckpointer(model, role).load(weights)
@@ -134,10 +135,11 @@ def describe_weights(cfg: CfgNode) -> str:
         cfg: the detector's config.
 
     Returns:
-        A file, the name of torchvision's weights, or "random weights".
+        A file, the name of timm's or torchvision's weights, or "random weights".
     """
     if cfg.MODEL.WEIGHTS:
         return cfg.MODEL.WEIGHTS
-    if cfg.MODEL.BACKBONE.NAME == "build_torchvision_fpn_backbone" and cfg.MODEL.TORCHVISION.WEIGHTS:
-        return f"torchvision's {cfg.MODEL.TORCHVISION.WEIGHTS}"
+    for node in ("TIMM", "TORCHVISION"):
+        if f"build_{node.lower()}_fpn_backbone" == cfg.MODEL.BACKBONE.NAME and cfg.MODEL[node].WEIGHTS:
+            return f"{node.lower()}'s {cfg.MODEL[node].NAME}, {cfg.MODEL[node].WEIGHTS}"
     return "random weights"

