@@ -26,7 +26,7 @@ from distill.engine import Trainer, agreed_checkpoint, launch
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
 from distill.modeling.teacher import teacher_recipe
-from distill.recipes import Recipe, load_recipe, translate_message
+from distill.recipes import Recipe, explain, load_recipe
 
 logger = logging.getLogger("distill")
 
@@ -78,6 +78,7 @@ def setup(args: Namespace) -> Recipe:
         cfg.SOLVER.AMP.ENABLED = False
     register_datasets(cfg.DATASETS.REGISTER)
     check_datasets(cfg)
+    recipe.check_evaluation(args.eval_only)
     if not args.eval_only:
         recipe.check()
         check_solver(cfg, comm.get_world_size())
@@ -167,9 +168,7 @@ def run(args: Namespace) -> object:
     try:
         return main(args)
     except DistillError as error:
-        # a data loader's worker process wraps the message in its own traceback
-        message = str(error).rsplit("DistillError: ", 1)[-1].strip()
-        sys.exit(f"error: {translate_message(message) if args.config_file.endswith('.py') else message}")
+        sys.exit(f"error: {explain(error, args.config_file)}")
 
 
 def device_of(args: Namespace) -> str:
@@ -191,4 +190,4 @@ if __name__ == "__main__":
     try:
         launch(run, arguments, device_of(arguments))
     except DistillError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {explain(error, arguments.config_file)}")

@@ -13,8 +13,10 @@ import torch
 from detectron2.config import LazyConfig
 
 from distill.config import override
+from distill.engine import Trainer
+from distill.errors import DistillError
 from distill.modeling import DistillationModel
-from distill.recipes import LazyRecipe, load_recipe, translate_message
+from distill.recipes import LazyRecipe, lazy_recipe, load_recipe, translate_message
 from tests.helpers import ROOT, detector_cfg, run_script, write_teacher
 from tests.modeling.test_lazy_teachers import write_lazy_teacher
 from tests.test_train_net import SMALL_SCENES, read_metrics
@@ -158,10 +160,12 @@ def test_the_student_leaves_as_plain_detectron2_with_the_same_ap(tmp_path):
 
 def test_a_config_that_cannot_be_dumped_is_exported_as_its_file_and_overrides(tmp_path):
     more = "model.roi_heads.box_head.conv_norm = lambda channels: None\n"
-    recipe = LazyRecipe(write_student(tmp_path, more=more), ["train.device=cpu"])
+    opts = ["train.device=cpu", "distill.DISTILLERS=[ReviewDistiller]"]
+    recipe = LazyRecipe(write_student(tmp_path, more=f"{more}distill = dict(BALANCE=0.5)\n"), opts)
     written = recipe.plain().write(str(tmp_path), str(tmp_path / "model_final.pth"))
     assert written == str(tmp_path / "config.py") and not list(tmp_path.glob("config.yaml*"))
     loaded = LazyConfig.load(written)
+    assert "distill" not in loaded
     assert loaded.train.init_checkpoint == str(tmp_path / "model_final.pth") and loaded.train.device == "cpu"
 
 
@@ -213,6 +217,12 @@ def fresh_heads(recipe, weights):
         (["model.roi_heads.strange=4"], "The model of .*mask_rcnn.py cannot be built: TypeError"),
         (["dataloader.train.dataset.names=nowhere"], "Unknown data set 'nowhere' in "),
         (["train.init_checkpoint=/nowhere.pth"], "Cannot load '/nowhere.pth' into the model"),
+        (["train.max_iter=abc"], "train.max_iter is 'abc' in .*expected a value of type int"),
+        (["train.amp.enabled=maybe"], "train.amp.enabled is 'maybe' in .*expected a value of type bool"),
+        (["dataloader.train.total_batch_size=3.5"], "total_batch_size is 3.5 in .*expected a value of type int"),
+        (["train.device='${nothing.here}'"], "train.device of .*cannot be resolved"),
+        (["distill=3"], "distill is 3 in .*expected a dict"),
+        (["--eval-only"], "has no dataloader.evaluator: what is there to evaluate?"),
         (["train.output_dir=/proc/x"], "train.output_dir is '/proc/x', which cannot be written"),
         (["--distill", "NoDistiller"], "Unknown distiller 'NoDistiller' in distill.DISTILLERS"),
         (["--teacher-config", "nothing.py"], "'nothing.py' is neither a file nor a config"),
@@ -259,6 +269,60 @@ def test_a_config_without_a_schedule_is_refused_for_training(tmp_path):
         train_net.run(train_net.argument_parser().parse_args(["--config-file", path]))
 
 
+def test_the_evaluator_and_the_mapper_are_the_configs_own(tmp_path):
+    from detectron2.data import MetadataCatalog
+
+    mapper = (
+        "from detectron2.config import LazyCall as L\n\n\n"
+        "def read(record):\n    return {'file': record['file_name']}\n\n\n"
+        "def make(size):\n    return read\n\n\ndef evaluator(output_dir):\n    return output_dir\n\n\n"
+        "dataloader.test.mapper = L(make)(size=3)\ndataloader.evaluator = L(evaluator)(output_dir='x')\n"
+    )
+    recipe = LazyRecipe(write_student(tmp_path, more=mapper))
+    recipe.check_evaluation(True)  # whatever the data set's evaluator_type is
+    MetadataCatalog.get("digit_scenes_val")
+    seen = {}
+
+    def evaluate(model, loader, evaluator, names):
+        seen.update(batch=next(iter(loader)), evaluator=evaluator)
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lazy_recipe, "evaluate_on", evaluate)
+        recipe.evaluate(torch.nn.Identity(), folder="teacher/inference")
+    assert seen["batch"][0].keys() == {"file"}
+    assert seen["evaluator"].endswith("out/teacher/inference")
+
+
+def test_a_student_at_half_the_size_in_python(tmp_path):
+    names, values = write_yaml_teacher(tmp_path)
+    opts = [override(f"distill.{key}", value) for key, value in zip(("TEACHER.CONFIG_FILE", "TEACHER.WEIGHTS"), values)]
+    opts += ["distill.DISTILLERS=[AlignedDistiller]", "distill.STUDENT.INPUT_SCALE=0.5", "train.device=cpu"]
+    path = write_student(tmp_path)
+    with pytest.raises(DistillError, match="64, but at DISTILL.STUDENT.INPUT_SCALE 0.5 .* 32 pixels at most") as error:
+        LazyRecipe(path, opts).build_model()
+    assert "the short_edge_length in dataloader.test.mapper" in translate_message(str(error.value))
+    half = "dataloader.test.mapper.augmentations[0].update(short_edge_length=32, max_size=32)\n"
+    recipe = LazyRecipe(write_student(tmp_path, more=half), opts)
+    assert isinstance(recipe.build_model(), DistillationModel) and names
+    image = recipe.build_mapper(keep_annotations=True, scale=2)(recipe.training_images()[0])
+    assert max(image["image"].shape[1:]) == 64 and len(image["instances"]) > 0  # as the teacher sees it
+    exported = recipe.plain()
+    assert exported.cfg.INPUT.MIN_SIZE_TRAIN == (32,) and not exported.is_distilled
+
+
+def test_an_optimizers_state_of_detectron2s_own_trainer_is_taken_over(tmp_path):
+    path = write_student(tmp_path, more="train.device = 'cpu'\n")
+    trainer = Trainer(load_recipe(path))
+    trainer.train()
+    state = {"iteration": 1, "optimizer": trainer.optimizer.state_dict()}  # as SimpleTrainer.state_dict has it
+    assert state["optimizer"]["state"]
+    other = Trainer(load_recipe(path))
+    other.load_state_dict(state)
+    momenta = [x["momentum_buffer"] for x in other.optimizer.state_dict()["state"].values()]
+    assert momenta and any(x.abs().max() > 0 for x in momenta) and other.iter == 1
+
+
 def test_numbers_of_a_python_config_in_yaml_keys(tmp_path):
     path = write_student(tmp_path, more="train.eval_period, dataloader.train.mapper.image_format = 70, 'RGB'\n")
     recipe = load_recipe(path, ["train.max_iter=300", "dataloader.train.total_batch_size=6", "train.device=cpu"])
@@ -288,26 +352,19 @@ def test_the_order_of_channels(tmp_path, more, expected):
 
 
 def test_rules_on_the_names_of_weights_see_the_students_own(tmp_path):
-    seen = []
     paths = dict(zip(("CONFIG_FILE", "WEIGHTS"), write_yaml_teacher(tmp_path)[1]))
     opts = [override(f"distill.TEACHER.{key}", value) for key, value in paths.items()]
     recipe = LazyRecipe(write_student(tmp_path), [*opts, "distill.DISTILLERS=[ReviewDistiller]", "train.device=cpu"])
     model = recipe.build_model()
     assert isinstance(model, DistillationModel)
-    recipe.lazy.optimizer.params.lr_factor_func = lambda name: seen.append(name) or 1.0
-    recipe.lazy.optimizer.params.base_lr = 0.001
-    try:
-        optimizer = recipe.build_optimizer(model)
-    except TypeError:  # Detectron2 v0.6 has no such function
-        recipe.lazy.optimizer.params.pop("lr_factor_func")
-        optimizer = recipe.build_optimizer(model)
-        seen = [key for key, p in model.student.named_parameters() if p.requires_grad]
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    given = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    given = [id(p) for group in recipe.build_optimizer(model).param_groups for p in group["params"]]
     assert len(given) == len(set(given)) and set(given) == trained
-    assert {name for name in seen if not name.startswith("distillers.")} == {
-        name for name, p in model.student.named_parameters() if p.requires_grad
-    }
+    recipe.lazy.optimizer = {"_target_": lambda params: params.model, "params": {}}
+    seen = dict(recipe.build_optimizer(model).named_parameters())
+    own = dict(model.student.named_parameters())
+    assert {name for name in seen if not name.startswith("distillers.")} == own.keys()
+    assert all(seen[name] is weight for name, weight in own.items())
 
 
 def test_messages_speak_of_the_keys_of_a_python_config():

@@ -3,11 +3,11 @@
 
     python tools/export_student.py --config-file CONFIG --weights W --output DIR
 
-``DIR/config.yaml`` holds Detectron2's own keys only, unless the student itself is an FCOS or stands on a backbone of timm
-or torchvision: then ``MODEL.FCOS``, ``MODEL.TIMM`` or ``MODEL.TORCHVISION`` stay, and who loads it imports
+``DIR/config.yaml`` holds Detectron2's own keys only, unless the student itself is an FCOS or stands on a backbone of
+timm or torchvision: then ``MODEL.FCOS``, ``MODEL.TIMM`` or ``MODEL.TORCHVISION`` stay, and who loads it imports
 ``distill.modeling`` and calls ``add_distill_config`` first. For a Python config, ``DIR/config.yaml`` is read by
-``LazyConfig.load``; a config that cannot be dumped, as with functions in it, is written as ``DIR/config.py``, which loads
-the original file.
+``LazyConfig.load``; a config that cannot be dumped, as with functions in it, is written as ``DIR/config.py``, which
+loads the original file.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 import distill.modeling  # noqa: F401  registers its backbones and meta-architectures
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
-from distill.recipes import YamlRecipe, load_recipe
+from distill.recipes import YamlRecipe, explain, load_recipe
 
 logger = logging.getLogger("detectron2.export")
 
@@ -67,7 +67,7 @@ def main() -> None:
     try:
         export(args.config_file, args.weights, args.output, args.opts)
     except DistillError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {explain(error, args.config_file)}")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,12 @@ import os
 import re
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from detectron2.config import LazyConfig
+from omegaconf import DictConfig
 
 from ..errors import DistillError
 from .loading import resolve_config_file
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +51,7 @@ def load_lazy_config(name: str, opts: Sequence[str] = ()) -> DictConfig:
                 f"Cannot apply the override {opt!r} to {path}: {reason}. A Python config takes key=value, such as "
                 "'model.roi_heads.num_classes=3' or 'train.max_iter=1000'."
             ) from error
-    if "model" not in cfg:
+    if not isinstance(cfg.get("model"), DictConfig):
         raise DistillError(f"The Python config {path} has no model: expected Detectron2's LazyConfig of a detector.")
     return cfg
 
@@ -77,7 +74,7 @@ def _quote(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def write_record(path: str, name: str, opts: Sequence[str]) -> None:
+def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False) -> None:
     """Writes a Python config that is another one with overrides.
 
     Args:
@@ -85,17 +82,21 @@ def write_record(path: str, name: str, opts: Sequence[str]) -> None:
         name: the other config: a path, or a name in the model zoo. If it is such a record itself, its origin is
             recorded instead.
         opts: overrides of it.
+        plain: whether to leave its ``distill`` out.
     """
     source, from_zoo = resolve_config_file(name)
     with open(source) as f:
         if f.read().startswith(_RECORD):
             source, earlier = LazyConfig.load(source, ("_file", "_overrides"))
+            earlier = [opt for opt in earlier if not (plain and opt.startswith("distill."))]
             opts, from_zoo = [*earlier, *opts], False
     location = f"model_zoo.get_config_file({name!r})" if from_zoo else repr(os.path.abspath(source))
     lines = "".join(f"    {opt!r},\n" for opt in opts)
-    with open(path, "w") as f:
+    with open(f"{path}.tmp", "w") as f:  # then renamed: another process may be reading the file
         f.write(
             f"{_RECORD}\n{'from detectron2 import model_zoo' if from_zoo else ''}\n"
             f"from detectron2.config import LazyConfig\n\n_file = {location}\n_overrides = [\n{lines}]\n"
             "globals().update(LazyConfig.apply_overrides(LazyConfig.load(_file), _overrides))\n"
+            f"{'globals().pop(' + repr('distill') + ', None)' if plain else ''}\n"
         )
+    os.replace(f"{path}.tmp", path)

@@ -91,9 +91,9 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def _beside(path: str) -> str:
-    record = os.path.join(os.path.dirname(path), "config.py")
-    if os.path.isfile(record):
-        return f"this is the text of a Python config; {record} starts its run again"
+    with open(path) as f:
+        if "_target_: " in f.read():
+            return "this is the text of a Python config: give the .py that it was written from, or config.py beside it"
     return "write the value out"
 
 

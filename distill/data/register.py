@@ -49,8 +49,8 @@ def check_datasets(cfg: CfgNode) -> None:
         cfg: the full config; its data sets are registered.
 
     Raises:
-        DistillError: there is no such data set, its classes are not those of the others or not as many as the
-            student's, or there is no evaluator for it.
+        DistillError: there is no such data set, or its classes are not those of the others or not as many as the
+            student's.
     """
     node = CLASS_NODES.get(detector_config(cfg).MODEL.META_ARCHITECTURE)
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
@@ -73,7 +73,18 @@ def check_datasets(cfg: CfgNode) -> None:
                 f"The data sets {names[0]} and {name} have different classes: {', '.join(others[:10])} and "
                 f"{', '.join(classes[:10])}. Give both the same, in one order: name=voc:ROOT:SPLIT:class,class,..."
             )
-    for name in cfg.DATASETS.TEST:
+
+
+def check_evaluators(names: Sequence[str]) -> None:
+    """Checks that there is an evaluator for data sets.
+
+    Args:
+        names: of registered data sets.
+
+    Raises:
+        DistillError: one says neither "coco" nor "pascal_voc".
+    """
+    for name in names:
         kind = MetadataCatalog.get(name).get("evaluator_type")
         if kind not in ("coco", "pascal_voc"):
             raise DistillError(

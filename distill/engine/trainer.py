@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ..errors import DistillError
 from ..modeling import DistillationModel
@@ -40,7 +41,8 @@ class Trainer(TrainerBase):
     """Trains a :class:`DistillationModel`, or any plain Detectron2 detector, as its recipe says.
 
     The steps are those of Detectron2's ``SimpleTrainer`` or ``AMPTrainer``, the hooks Detectron2's and the distillers'.
-    If bad input ends the training, a checkpoint is written.
+    If bad input ends the training, a checkpoint is written. Who wants another optimizer, data loader or evaluator
+    subclasses a recipe.
 
     Args:
         recipe: where the model, its data and its schedule come from; a yaml config is one, too.
@@ -53,16 +55,30 @@ class Trainer(TrainerBase):
         self.cfg = cfg = self.recipe.cfg
         self.last_step: int | None = None  # the last that was done, counted from 0
         model = self.build_model(self.recipe)
-        self.optimizer = self.recipe.build_optimizer(model)
-        self.data_loader = self.build_train_loader()
+        optimizer, loader = self.recipe.build_optimizer(model), self.build_train_loader()
         # Detectron2 takes the local rank for DDP's device: wrong on the CPU, and where each process sees one GPU alone
-        self.model = create_ddp_model(model, device_ids=ddp_device_ids(cfg.MODEL.DEVICE), **self.recipe.ddp_settings)
+        model = create_ddp_model(model, device_ids=ddp_device_ids(cfg.MODEL.DEVICE), **self.recipe.ddp_settings)
         steps = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = steps(self.model, self.data_loader, self.optimizer)
+        self._trainer = steps(model, loader, optimizer)
         self.checkpointer = DetectionCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained; of several processes, wrapped by DistributedDataParallel."""
+        return self._trainer.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Of the model."""
+        return self._trainer.optimizer
+
+    @property
+    def data_loader(self) -> Iterable[list[dict]]:
+        """Of the training images."""
+        return self._trainer.data_loader
 
     @staticmethod
     def build_model(recipe: Recipe | CfgNode) -> nn.Module:
@@ -99,7 +115,7 @@ class Trainer(TrainerBase):
             found.append(CheckGradients(model.distillers))
             found += [hook for distiller in model.distillers.values() for hook in distiller.build_hooks(model)]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
-            loader = self.build_train_loader()  # another one, so as not to take the training's batches
+            loader = self.recipe.build_train_loader(num_workers=0)  # another one, which leaves the training's alone
             found.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER))
         if comm.is_main_process():
             settings = {"max_to_keep": self.recipe.max_checkpoints}
@@ -165,10 +181,13 @@ class Trainer(TrainerBase):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Loads what :meth:`state_dict` returned; a checkpoint of Detectron2 v0.6's trainer has no optimizer in it."""
+        """Loads what :meth:`state_dict` returned, or what Detectron2's trainers did."""
         super().load_state_dict(state_dict)
-        if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
+        own = state_dict.get("_trainer", state_dict)  # lazyconfig_train_net.py has it all on one level
+        if "optimizer" in own:
+            self._trainer.load_state_dict(own)
+        else:  # DefaultTrainer of v0.6
+            logger.warning("The checkpoint holds no state of the optimizer, which starts anew.")
 
     def train(self) -> Any:
         """Trains. If bad input ends the training, what was learned until then is saved, for ``--resume``.
@@ -199,7 +218,7 @@ class Trainer(TrainerBase):
             f"The training diverged in iteration {self.iter}: {' '.join(str(error).split())} The losses before: "
             f"{before or 'none'}. Lower SOLVER.BASE_LR ({self.cfg.SOLVER.BASE_LR:g})"
             f"{', or the distillers by LOSS_WEIGHT or DISTILL.BALANCE,' if distilled else ''} or raise "
-            f"SOLVER.WARMUP_ITERS ({self.cfg.SOLVER.WARMUP_ITERS}), or clip by SOLVER.CLIP_GRADIENTS.ENABLED True. "
+            "SOLVER.WARMUP_ITERS, or clip the gradients by SOLVER.CLIP_GRADIENTS. "
             f"{f'The last checkpoint with finite weights: {path}' if path else 'No checkpoint with finite weights.'}"
         )
 

@@ -143,7 +143,8 @@ class DistillationModel(Wrapper):
         record = self._tap.take()
         outputs = {name: tap.take()[1] for name, tap in self._head_taps.items() if tap.has_record}
         student = self._student_view(batched_inputs, lambda: record, frozen=False, outputs=outputs)
-        align(student, teacher)
+        if self.distillers:
+            align(student, teacher)
         distilled: dict[str, dict[str, Tensor]] = {}
         taken = set(detection)
         for name, distiller in self.distillers.items():
@@ -161,9 +162,10 @@ class DistillationModel(Wrapper):
     def _check_sizes(self, batched_inputs: list[dict]) -> None:
         square = square_size(self.student.backbone)
         sizes = [math.ceil(side * self._scaling.scale) for x in batched_inputs for side in x["image"].shape[-2:]]
-        if square and max(sizes) > square:
+        largest = max(sizes, default=0)
+        if square and largest > square:
             raise DistillError(
-                f"An image has a side of {max(sizes)} pixels, but the student pads images to a square of {square}: "
+                f"An image has a side of {largest} pixels, but the student pads images to a square of {square}: "
                 "Detectron2 would cut the rest off. Let the training's augmentations keep to that size, or raise the "
                 "student's model.backbone.square_pad."
             )
@@ -180,6 +182,7 @@ class DistillationModel(Wrapper):
         """
 
         def features() -> tuple[Tensor, dict[str, Tensor]]:
+            self._check_sizes(batched_inputs)
             scaled = self._scaling.batch(batched_inputs, self.student.device)
             images = self.student.preprocess_image(scaled).tensor
             return images, self.student.backbone(images)

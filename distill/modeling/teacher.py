@@ -68,7 +68,7 @@ class Teacher:
             logging.WARNING,
             f"The teacher pads images to a square of {square} pixels, and there are larger ones ({largest}): they are "
             "padded to a square as large as they need. It learned "
-            f"from smaller ones, so {square} pixels at most (INPUT.MAX_SIZE_TRAIN) suit it best.",
+            f"from smaller ones, so {square} pixels at most suit it best.",
             name=logger.name,
         )
         images = [x["image"].to(self.model.device) for x in batched_inputs]

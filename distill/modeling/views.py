@@ -88,7 +88,7 @@ class DetectorView:
             name: shape[own].stride * self._scaling.factor for own, name in self._levels.items()
         }
         self.image_sizes: list[tuple[int, int]] = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
-        self._other: DetectorView | None = None
+        self._shown: dict[str, tuple[int, int]] = {}  # height and width by level, where there is more to it
 
     @cached_property
     def _images_and_features(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,13 +107,7 @@ class DetectorView:
 
     def _cells(self, own: str) -> tuple[int, int]:
         """Height and width that the view shows of one of the detector's own levels."""
-        size = self._own_size(own)
-        name = self._levels.get(own)
-        others = {theirs: key for key, theirs in self._other._levels.items()} if self._other else {}
-        if name not in others:
-            return size
-        other = self._other._own_size(others[name])
-        return min(size[0], other[0]), min(size[1], other[1])
+        return self._shown.get(self._levels.get(own)) or self._own_size(own)
 
     def _own_size(self, own: str) -> tuple[int, int]:
         return tuple(self._own_features[own].shape[-2:])
@@ -252,13 +246,17 @@ class DetectorView:
 
 
 def align(student: DetectorView, teacher: DetectorView) -> None:
-    """Makes two views of one batch show the cells that both have, whatever each side pads to.
+    """Makes two views of one batch show the cells that both have, whatever each side pads to. Both backbones are run.
 
     Args:
         student: the student's view.
         teacher: the teacher's.
     """
-    student._other, teacher._other = teacher, student
+    sides = [{name: view._own_size(own) for own, name in view._levels.items()} for view in (student, teacher)]
+    shared = sides[0].keys() & sides[1].keys()
+    # sizes, for views that held each other would live, features and all, until Python looks for such cycles
+    sizes = {name: (min(x[name][0] for x in sides), min(x[name][1] for x in sides)) for name in shared}
+    student._shown = teacher._shown = sizes
 
 
 def _crop(features: Tensor, height: int, width: int) -> Tensor:

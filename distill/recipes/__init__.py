@@ -5,7 +5,7 @@ Everything else (the model, the distillers, the hooks, the loop) is the same for
 
 from .base import Recipe, as_recipe, load_recipe
 from .lazy_recipe import LazyRecipe
-from .translate import translate_message
+from .translate import explain, translate_message
 from .yaml_recipe import YamlRecipe
 
-__all__ = ["LazyRecipe", "Recipe", "YamlRecipe", "as_recipe", "load_recipe", "translate_message"]
+__all__ = ["LazyRecipe", "Recipe", "YamlRecipe", "as_recipe", "explain", "load_recipe", "translate_message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import DistillError
+
+logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict], dict]
 
@@ -69,6 +72,14 @@ class Recipe(abc.ABC):
         """Checks that the config has what a training takes."""
 
     @abc.abstractmethod
+    def check_evaluation(self, is_required: bool) -> None:
+        """Checks that the detector can be evaluated.
+
+        Args:
+            is_required: whether the command evaluates and nothing else.
+        """
+
+    @abc.abstractmethod
     def scale_workers(self, num_workers: int) -> None:
         """Fits the schedule to the number of processes, where the config asks for it.
 
@@ -93,8 +104,12 @@ class Recipe(abc.ABC):
         """What Detectron2's ``LRScheduler`` hook takes."""
 
     @abc.abstractmethod
-    def build_train_loader(self) -> Iterable[list[dict]]:
-        """Batches in Detectron2's format, without end."""
+    def build_train_loader(self, num_workers: int | None = None) -> Iterable[list[dict]]:
+        """Batches in Detectron2's format, without end.
+
+        Args:
+            num_workers: processes that read the images; by default what the config says.
+        """
 
     @abc.abstractmethod
     def build_mapper(self, keep_annotations: bool = False, scale: int = 1, image_format: str = "") -> Mapper:
@@ -145,7 +160,7 @@ class Recipe(abc.ABC):
         results = {}
         for name in self.cfg.DATASETS.TEST:
             loader = build_detection_test_loader(self.cfg, name, mapper=mapper or self.build_mapper())
-            results[name] = evaluate_on(model, loader, self.build_evaluator(name, folder))
+            results[name] = evaluate_on(model, loader, self.build_evaluator(name, folder), name)
         return next(iter(results.values())) if len(results) == 1 else results
 
     def build_evaluator(self, dataset_name: str, folder: str = "inference") -> DatasetEvaluator:
@@ -172,19 +187,21 @@ class Recipe(abc.ABC):
         )
 
 
-def evaluate_on(model: nn.Module, loader: Iterable, evaluator: DatasetEvaluator) -> dict:
+def evaluate_on(model: nn.Module, loader: Iterable, evaluator: DatasetEvaluator, name: str) -> dict:
     """Runs a model over a data set and prints the results, in the main process.
 
     Args:
         model: the detector.
         loader: the data set.
         evaluator: of the data set.
+        name: of the data set, for the log.
 
     Returns:
         Detectron2's results by task and metric; empty in other processes.
     """
     results = inference_on_dataset(model, loader, evaluator) or {}
     if comm.is_main_process():
+        logger.info(f"Evaluation results for {name} in csv format:")
         print_csv_format(results)
     return results
 
@@ -221,4 +238,9 @@ def load_recipe(name: str, opts: Sequence[str] = ()) -> Recipe:
     from .lazy_recipe import LazyRecipe
     from .yaml_recipe import YamlRecipe
 
-    return LazyRecipe(name, opts) if name.endswith(".py") else YamlRecipe(load_config(name, opts))
+    is_lazy = name.endswith(".py")
+    try:
+        return LazyRecipe(name, opts) if is_lazy else YamlRecipe(load_config(name, opts))
+    except DistillError as error:
+        error.is_lazy = is_lazy  # whose keys it is to speak of
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,7 +54,8 @@ class LazyRecipe(Recipe):
     def _read(self) -> None:
         self.file = resolve_config_file(self.name)[0]
         self.cfg = translate(self.lazy, self.file)
-        self.ddp_settings = OmegaConf.to_container(OmegaConf.select(self.lazy, "train.ddp", default=OmegaConf.create()))
+        ddp = OmegaConf.select(self.lazy, "train.ddp")
+        self.ddp_settings = {"broadcast_buffers": False} if ddp is None else OmegaConf.to_container(ddp, resolve=True)
         self.max_checkpoints = OmegaConf.select(self.lazy, "train.checkpointer.max_to_keep")
         self.log_period = OmegaConf.select(self.lazy, "train.log_period", default=20)
 
@@ -79,6 +81,10 @@ class LazyRecipe(Recipe):
         plain = copy.copy(self)
         plain.lazy = copy.deepcopy(self.lazy)
         plain.lazy.pop("distill", None)
+        plain._opts = [opt for opt in self._opts if not opt.lstrip("+").startswith("distill.")]
+        scale = self.cfg.DISTILL.STUDENT.INPUT_SCALE
+        if scale != 1:  # the sizes of training images become those that the student saw
+            _scale_resizes(OmegaConf.select(plain.lazy, "dataloader.train.mapper.augmentations"), scale)
         plain._read()
         return plain
 
@@ -97,7 +103,7 @@ class LazyRecipe(Recipe):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(written)
             path = os.path.join(folder, "config.py")
-            write_record(path, self.name, [*self._opts, override("train.init_checkpoint", weights)])
+            write_record(path, self.name, [*self._opts, override("train.init_checkpoint", weights)], plain=True)
         return path
 
     def check(self) -> None:
@@ -110,6 +116,18 @@ class LazyRecipe(Recipe):
             raise DistillError(
                 f"The Python config {self.file} has no {', no '.join(lacking)}: a training takes the nodes of "
                 "Detectron2's lazyconfig_train_net.py, such as configs/common has them."
+            )
+
+    def check_evaluation(self, is_required: bool) -> None:
+        """
+        Raises:
+            DistillError: an evaluation is asked for and the config has none.
+        """
+        lacking = [key for key in ("test", "evaluator") if OmegaConf.select(self.lazy, f"dataloader.{key}") is None]
+        if is_required and lacking:
+            raise DistillError(
+                f"The Python config {self.file} has no dataloader.{', no dataloader.'.join(lacking)}: what is there to "
+                "evaluate? See configs/common/data/coco.py of Detectron2."
             )
 
     def scale_workers(self, num_workers: int) -> None:
@@ -146,9 +164,11 @@ class LazyRecipe(Recipe):
     def build_lr_scheduler(self, optimizer: Optimizer) -> Any:
         return instantiate(self.lazy.lr_multiplier)
 
-    def build_train_loader(self) -> Iterable[list[dict]]:
+    def build_train_loader(self, num_workers: int | None = None) -> Iterable[list[dict]]:
         """The config's own train loader; errors name the image."""
         node = copy.deepcopy(self.lazy.dataloader.train)
+        if num_workers is not None:
+            node.num_workers = num_workers
         if "mapper" in node:
             node.mapper = CheckedMapper(instantiate(node.mapper))
         return instantiate(node)
@@ -160,19 +180,14 @@ class LazyRecipe(Recipe):
                 "testing."
             )
         node = copy.deepcopy(self.lazy.dataloader.test.mapper)
-        for resize in node.augmentations if scale != 1 else ():
-            if "short_edge_length" not in resize:
-                raise DistillError(
-                    f"At DISTILL.STUDENT.INPUT_SCALE below 1, dataloader.test.mapper in {self.file} is to have the "
-                    "augmentation ResizeShortestEdge only, whose sizes can be scaled to the teacher's."
-                )
-            lengths = resize.short_edge_length
-            resize.short_edge_length = lengths * scale if isinstance(lengths, int) else [x * scale for x in lengths]
-            resize.max_size = resize.max_size * scale
-        node.image_format = image_format or node.image_format
+        if scale != 1:
+            _scale_resizes(node.augmentations, scale)
+        if image_format:
+            node.image_format = image_format
         if keep_annotations:
             augmentations = instantiate(node.augmentations)
-            return CheckedMapper(DatasetMapper(True, augmentations=augmentations, image_format=node.image_format))
+            image_format = node.get("image_format", self.cfg.INPUT.FORMAT)
+            return CheckedMapper(DatasetMapper(True, augmentations=augmentations, image_format=image_format))
         return CheckedMapper(instantiate(node))
 
     @property
@@ -189,16 +204,41 @@ class LazyRecipe(Recipe):
         Args:
             model: the detector, or the ``DistillationModel`` around it.
             mapper: what reads the images; by default the config's own.
-            folder: unused, for a Python config says itself what its evaluator writes.
+            folder: where the evaluator writes, in OUTPUT_DIR, if it is not the usual one and the evaluator writes.
 
         Returns:
             Detectron2's results by task and metric.
         """
         if OmegaConf.select(self.lazy, "dataloader.evaluator") is None:
+            logger.warning(f"Nothing is evaluated, since {self.file} has no dataloader.evaluator.")
             return {}
-        node = copy.deepcopy(self.lazy.dataloader.test)
-        node.mapper = mapper or self.build_mapper()
-        return evaluate_on(model, instantiate(node), instantiate(self.lazy.dataloader.evaluator))
+        dataloader = copy.deepcopy(self.lazy.dataloader)
+        if mapper is not None:
+            dataloader.test.mapper = mapper
+        elif "mapper" in dataloader.test:
+            dataloader.test.mapper = CheckedMapper(instantiate(dataloader.test.mapper))
+        if folder != "inference" and dataloader.evaluator.get("output_dir"):
+            dataloader.evaluator.output_dir = os.path.join(self.cfg.OUTPUT_DIR, folder)
+        names = ", ".join(self.cfg.DATASETS.TEST) or "dataloader.test"
+        return evaluate_on(model, instantiate(dataloader.test), instantiate(dataloader.evaluator), names)
+
+
+def _scale_resizes(augmentations: Any, scale: float) -> None:
+    """Scales the sizes that images are resized to, in place."""
+    for resize in augmentations:
+        if "short_edge_length" not in resize:
+            if "prob" in resize:  # a flip
+                continue
+            raise DistillError(
+                "At DISTILL.STUDENT.INPUT_SCALE below 1, dataloader.train.mapper and dataloader.test.mapper are to "
+                "have the augmentations ResizeShortestEdge and RandomFlip only, whose sizes can be scaled."
+            )
+        lengths = resize.short_edge_length
+        lengths = [lengths] if isinstance(lengths, int) else list(lengths)
+        scaled = [math.ceil(length * scale) for length in lengths]
+        resize.short_edge_length = scaled if len(scaled) > 1 else scaled[0]
+        if resize.get("max_size"):
+            resize.max_size = math.ceil(resize.max_size * scale)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.registry import _convert_target_to_string
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ..config import CLASS_NODES, add_distill_config, merge_distill_node
+from ..errors import DistillError
 
 # yaml key: key of Detectron2's Python configs
 KEYS = {
@@ -29,6 +31,8 @@ KEYS = {
 }
 # what else errors name
 _NAMES = {
+    "DATASETS.REGISTER": "the Python config, by distill.data.register_datasets,",
+    "MODEL.META_ARCHITECTURE": "the model",
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
     "DATASETS.TEST": "dataloader.test.dataset.names",
     "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
@@ -40,7 +44,7 @@ _NAMES = {
     "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
     "SOLVER.WARMUP_ITERS": "lr_multiplier's warmup_length",
-    "SOLVER.CLIP_GRADIENTS.ENABLED": "optimizer's gradient clipping",
+    "SOLVER.CLIP_GRADIENTS": "an optimizer that does",
 }
 
 
@@ -61,13 +65,11 @@ def translate(lazy: DictConfig, origin: str) -> CfgNode:
     add_distill_config(cfg)
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (0,), 0  # unknown
     for key, name in KEYS.items():
-        value = OmegaConf.select(lazy, name)
-        if value is not None:
-            *path, leaf = key.split(".")
-            node = cfg
-            for part in path:
-                node = node[part]
-            node[leaf] = type(node[leaf])(value)
+        *path, leaf = key.split(".")
+        node = cfg
+        for part in path:
+            node = node[part]
+        node[leaf] = _value(lazy, name, node[leaf], origin)
     for key, name in (("TRAIN", "train"), ("TEST", "test")):
         names = OmegaConf.select(lazy, f"dataloader.{name}.dataset.names")
         if names is not None:
@@ -77,18 +79,35 @@ def translate(lazy: DictConfig, origin: str) -> CfgNode:
             lengths = resize.short_edge_length
             lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
             cfg.INPUT[f"MIN_SIZE_{key}"] = lengths if key == "TRAIN" else max(lengths)
-            cfg.INPUT[f"MAX_SIZE_{key}"] = resize.get("max_size", cfg.INPUT.MAX_SIZE_TEST)
+            cfg.INPUT[f"MAX_SIZE_{key}"] = resize.get("max_size") or 0
     cfg.INPUT.FORMAT = image_format(lazy)
     arch = _name(lazy.model.get("_target_", ""))
     if arch in CLASS_NODES:
         heads = lazy.model.get("roi_heads", lazy.model)
         cfg.MODEL[CLASS_NODES[arch]].NUM_CLASSES = heads.get("num_classes", 80)
+    if not isinstance(lazy.get("distill", {}), Mapping):
+        raise DistillError(f"distill is {lazy.distill!r} in {origin}: expected a dict with the keys of DISTILL.")
     if "distill" in lazy:
         merge_distill_node(cfg, OmegaConf.to_container(lazy.distill, resolve=True), origin)
     cfg.DISTILL.STUDENT.META_ARCHITECTURE = arch
     is_distilled = cfg.DISTILL.DISTILLERS or cfg.DISTILL.STUDENT.INHERIT
     cfg.MODEL.META_ARCHITECTURE = "DistillationModel" if is_distilled else arch
     return cfg
+
+
+def _value(lazy: DictConfig, name: str, default: Any, origin: str) -> Any:
+    """A value of a Python config, of the type of the yaml key's default."""
+    kind = type(default)
+    try:
+        value = OmegaConf.select(lazy, name)
+        converted = default if value is None else kind(value)
+        if value is None or (converted == value and isinstance(value, bool) == isinstance(default, bool)):
+            return converted
+    except OmegaConfBaseException as error:  # an interpolation of nothing
+        raise DistillError(f"{name} of {origin} cannot be resolved: {str(error).splitlines()[0]}.") from error
+    except (ValueError, TypeError):
+        pass
+    raise DistillError(f"{name} is {value!r} in {origin}: expected a value of type {kind.__name__}.")
 
 
 def image_format(lazy: DictConfig) -> str:
@@ -103,6 +122,21 @@ def image_format(lazy: DictConfig) -> str:
     names = ("dataloader.train.mapper.image_format", "dataloader.test.mapper.image_format", "model.input_format")
     found = (OmegaConf.select(lazy, name, throw_on_missing=False) for name in names)
     return next((x for x in found if x), "BGR")
+
+
+def explain(error: DistillError, config_file: str) -> str:
+    """The message of an error with the keys of the config that it is about.
+
+    Args:
+        error: what was raised.
+        config_file: the config of the command.
+
+    Returns:
+        The message for the user.
+    """
+    message = str(error).rsplit("DistillError: ", 1)[-1].strip()  # a data loader's worker wraps it in its traceback
+    is_lazy = config_file.endswith(".py") if error.is_lazy is None else error.is_lazy
+    return translate_message(message) if is_lazy else message
 
 
 def translate_message(message: str) -> str:

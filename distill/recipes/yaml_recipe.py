@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import auto_scale_workers, drop_backbone_weights, plain_config, resolve_config_file, student_config
-from ..data import CheckedMapper
+from ..data import CheckedMapper, check_evaluators
 from ..errors import DistillError
 from .base import Mapper, Recipe
 
@@ -54,6 +54,9 @@ class YamlRecipe(Recipe):
 
     def check(self) -> None:
         """A yaml config has defaults for whatever a training takes."""
+
+    def check_evaluation(self, is_required: bool) -> None:
+        check_evaluators(self.cfg.DATASETS.TEST)
 
     def scale_workers(self, num_workers: int) -> None:
         self.cfg = auto_scale_workers(self.cfg, num_workers)
@@ -106,9 +109,13 @@ class YamlRecipe(Recipe):
     def build_lr_scheduler(self, optimizer: Optimizer) -> Any:
         return build_lr_scheduler(self.cfg, optimizer)
 
-    def build_train_loader(self) -> Iterable[list[dict]]:
+    def build_train_loader(self, num_workers: int | None = None) -> Iterable[list[dict]]:
         """Detectron2's train loader, whose errors name the image."""
-        return build_detection_train_loader(self.cfg, mapper=CheckedMapper(DatasetMapper(self.cfg, is_train=True)))
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        if num_workers is not None:
+            cfg.DATALOADER.NUM_WORKERS = num_workers
+        return build_detection_train_loader(cfg, mapper=CheckedMapper(DatasetMapper(cfg, is_train=True)))
 
     def build_mapper(self, keep_annotations: bool = False, scale: int = 1, image_format: str = "") -> Mapper:
         cfg = self.cfg.clone()

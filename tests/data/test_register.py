@@ -5,7 +5,7 @@ import json
 import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 
-from distill.data import CheckedMapper, check_datasets, register_datasets
+from distill.data import CheckedMapper, check_datasets, check_evaluators, register_datasets
 from distill.errors import DistillError
 from tests.helpers import NUM_CLASSES, detector_cfg, set_all
 from tests.test_train_net import make_voc
@@ -86,8 +86,9 @@ def test_a_test_set_without_an_evaluator_is_refused(tmp_path):
     MetadataCatalog.get("a").set(thing_classes=["cell"], evaluator_type="lvis")
     cfg = detector_cfg("faster_rcnn")
     set_all(cfg, {"DATASETS.TRAIN": [], "DATASETS.TEST": ["a"], "MODEL.ROI_HEADS.NUM_CLASSES": 1})
+    check_datasets(cfg)
     with pytest.raises(DistillError, match="evaluator_type 'lvis'"):
-        check_datasets(cfg)
+        check_evaluators(cfg.DATASETS.TEST)
 
 
 @pytest.mark.parametrize("tag", ["pose", "difficult", "name"])

@@ -1,5 +1,8 @@
 """Each side pads as it does by itself; the views show the cells that both have, unchanged."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -40,8 +43,9 @@ def pad_to_square(detector, side):
 
 
 def seen_views(model, batch):
-    """The views that a distiller gets in a step of training."""
-    seen = []
+    """The views that a distiller gets in a step of training, and what the student's backbone returned in it."""
+    seen, returned = [], []
+    handle = model.student.backbone.register_forward_hook(lambda module, args, output: returned.append(output))
 
     class Looking(Distiller):
         def forward(self, student, teacher):
@@ -50,11 +54,13 @@ def seen_views(model, batch):
 
     model.distillers["Looking"] = Looking()
     losses = model(batch)
+    handle.remove()
     assert all(loss.isfinite() for loss in losses.values())
+    seen[0].returned = list(returned[0].values())
     return seen
 
 
-def check(model, views, batch, scale=1.0):
+def check(model, views, batch):
     """Both views have one shape at each level, of the cells of the images at least, and show what is there."""
     student, teacher = views
     with torch.no_grad():
@@ -69,6 +75,8 @@ def check(model, views, batch, scale=1.0):
         assert height >= max(x["image"].shape[1] for x in batch) / stride
         assert width >= max(x["image"].shape[2] for x in batch) / stride
         assert torch.equal(given, whole[name][..., :height, :width])
+        own_map = next(x for key, x in zip(student._levels.values(), student.returned) if key == name)
+        assert torch.equal(own, own_map[..., :height, :width])
 
 
 @pytest.mark.parametrize("sizes", ODD)
@@ -167,3 +175,22 @@ def test_every_distiller_works_on_sides_that_pad_differently(tmp_path):
     sum(losses.values()).backward()
     idle = [name for name, p in model.distillers.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle and all(loss.isfinite() for loss in losses.values())
+
+
+def test_nothing_of_a_step_lives_longer_than_the_step(tmp_path):
+    model = build(tmp_path, detector_cfg("retinanet"), detector_cfg("retinanet"))
+    alive = []
+    for backbone in (model.student.backbone, model.teacher.model.backbone):
+        backbone.register_forward_hook(
+            lambda module, args, output: alive.extend(weakref.ref(x) for x in output.values())
+        )
+    gc.collect()
+    gc.disable()
+    try:
+        losses = model(random_batch((61, 75), (90, 64)))
+        sum(losses.values()).backward()
+        del losses
+        model.zero_grad()
+        assert len(alive) == 10 and not any(reference() is not None for reference in alive)
+    finally:
+        gc.enable()
