@@ -22,7 +22,7 @@ from torch import nn
 
 from distill.config import check_output_dir, check_solver, student_config
 from distill.data import check_datasets, register_datasets
-from distill.engine import Trainer, agreed_checkpoint, launch
+from distill.engine import Trainer, agreed_checkpoint, amp_dtype, launch
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
 from distill.modeling.teacher import teacher_recipe
@@ -73,14 +73,12 @@ def setup(args: Namespace) -> Recipe:
     on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
-    no_amp = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu"  # Detectron2 has it for CUDA only
-    if no_amp:
-        cfg.SOLVER.AMP.ENABLED = False
     register_datasets(cfg.DATASETS.REGISTER)
     check_datasets(cfg)
     recipe.check_evaluation(args.eval_only)
     if not args.eval_only:
         recipe.check()
+        amp_dtype(cfg)
         check_solver(cfg, comm.get_world_size())
     check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
@@ -88,8 +86,6 @@ def setup(args: Namespace) -> Recipe:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     if on_cpu:
         logger.info("No CUDA GPU is available: running on the CPU.")
-    if no_amp:
-        logger.info("SOLVER.AMP.ENABLED needs CUDA: training in float32.")
     return recipe
 
 

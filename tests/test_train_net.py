@@ -65,7 +65,7 @@ def test_distil_a_plain_config_and_start_again_from_what_it_wrote(tmp_path):
     result = run_script("train_net.py", *arguments, "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True")
     assert result.returncode == 0, result.stderr[-3000:]
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert "No CUDA GPU is available: running on the CPU." in log and "training in float32" in log
+    assert "No CUDA GPU is available: running on the CPU." in log and "Mixed precision: torch.bfloat16 on cpu" in log
     for line in ("Student: GeneralizedRCNN, ", "Teacher: GeneralizedRCNN, ", "| ReviewDistiller "):
         assert line in log
     first = read_metrics(tmp_path / "out")

@@ -47,7 +47,12 @@ def test_distil_and_start_again_from_what_it_wrote(tmp_path, name):
     result = run_script("train_net.py", *arguments, "distill.REVIEW.LOSS_WEIGHT=2.0", "train.amp.enabled=True")
     assert result.returncode == 0, result.stderr[-3000:]
     log = (tmp_path / "out" / "log.txt").read_text()
-    for line in (f"The Python config {tmp_path}", "training in float32", "Student: ", "| ReviewDistiller "):
+    for line in (
+        f"The Python config {tmp_path}",
+        "Mixed precision: torch.bfloat16 on cpu",
+        "Student: ",
+        "| ReviewDistiller ",
+    ):
         assert line in log
     assert "Traceback" not in log and "Unable to serialize" not in log
     first = read_metrics(tmp_path / "out")

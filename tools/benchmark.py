@@ -40,6 +40,7 @@ from torch import nn
 
 from distill.config import drop_backbone_weights, load_config, student_config
 from distill.distillers import build_distillers
+from distill.engine.precision import amp_dtype, keep_coordinates
 from distill.errors import DistillError
 from distill.modeling import DetectorView, DistillationModel, Teacher
 from distill.modeling.loss_weights import LossWeights
@@ -143,8 +144,13 @@ def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
     recipe = YamlRecipe(cfg)
     own_optimizer, optimizer = recipe.build_optimizer(student), recipe.build_optimizer(model)
 
+    dtype = amp_dtype(cfg)
+    if dtype == torch.bfloat16:
+        for side in (student, teacher.model):
+            keep_coordinates(side)
+
     def autocast() -> torch.autocast:
-        return torch.autocast("cuda", enabled=cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE != "cpu")
+        return torch.autocast(torch.device(cfg.MODEL.DEVICE).type, dtype, enabled=dtype is not None)
 
     def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()

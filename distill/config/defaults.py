@@ -146,6 +146,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     # "SGD" (with SOLVER.MOMENTUM and NESTEROV) or "AdamW"
     _C.SOLVER.OPTIMIZER = "SGD"
 
+    # Of mixed precision: "float16", "bfloat16", or "auto": float16 on CUDA, as Detectron2 has it, bfloat16 on the CPU
+    _C.SOLVER.AMP.PRECISION = "auto"
+
     # Factor of all of the ResNet's widths, for build_slimmable_resnet_fpn_backbone: 0.25, 0.5, 0.75 or 1.0
     _C.MODEL.RESNETS.WIDTH_MULT = 1.0
 

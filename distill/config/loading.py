@@ -280,7 +280,7 @@ def plain_config(cfg: CfgNode) -> CfgNode:
         cfg = slim_config(cfg)
     del cfg.MODEL.RESNETS["WIDTH_MULT"]
     del cfg["DISTILL"], cfg.DATASETS["REGISTER"], cfg.SOLVER["OPTIMIZER"], cfg.TEST["SCALES"]
-    del cfg.MODEL["ALIGNED_TEACHER"]
+    del cfg.MODEL["ALIGNED_TEACHER"], cfg.SOLVER.AMP["PRECISION"]
     if cfg.MODEL.META_ARCHITECTURE != "FCOS":
         del cfg.MODEL["FCOS"]
     for node in ("TIMM", "TORCHVISION"):

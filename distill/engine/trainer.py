@@ -5,10 +5,10 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import (
-    AMPTrainer,
     HookBase,
     SimpleTrainer,
     TrainerBase,
@@ -33,6 +33,7 @@ from ..recipes import Recipe, as_recipe
 from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
 from .hooks import CheckGradients, DrawDenseDetections
 from .launch import ddp_device_ids
+from .precision import MixedPrecisionTrainer, amp_dtype, keep_coordinates
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,9 @@ logger = logging.getLogger(__name__)
 class Trainer(TrainerBase):
     """Trains a :class:`DistillationModel`, or any plain Detectron2 detector, as its recipe says.
 
-    The steps are those of Detectron2's ``SimpleTrainer`` or ``AMPTrainer``, the hooks Detectron2's and the distillers'.
-    If bad input ends the training, a checkpoint is written. Who wants another optimizer, data loader or evaluator
-    subclasses a recipe.
+    The steps are those of Detectron2's ``SimpleTrainer`` or of :class:`MixedPrecisionTrainer`, the hooks Detectron2's
+    and the distillers'. If bad input ends the training, a checkpoint is written. Who wants another optimizer, data
+    loader or evaluator subclasses a recipe.
 
     Args:
         recipe: where the model, its data and its schedule come from; a yaml config is one, too.
@@ -55,11 +56,19 @@ class Trainer(TrainerBase):
         self.cfg = cfg = self.recipe.cfg
         self.last_step: int | None = None  # the last that was done, counted from 0
         model = self.build_model(self.recipe)
+        sides = [model.student, model.teacher.model] if isinstance(model, DistillationModel) else [model]
         optimizer, loader = self.recipe.build_optimizer(model), self.build_train_loader()
         # Detectron2 takes the local rank for DDP's device: wrong on the CPU, and where each process sees one GPU alone
         model = create_ddp_model(model, device_ids=ddp_device_ids(cfg.MODEL.DEVICE), **self.recipe.ddp_settings)
-        steps = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = steps(model, loader, optimizer)
+        device, dtype = torch.device(cfg.MODEL.DEVICE), amp_dtype(cfg)
+        if dtype == torch.bfloat16:
+            for side in sides:
+                keep_coordinates(side)
+        if dtype is None:
+            self._trainer = SimpleTrainer(model, loader, optimizer)
+        else:
+            logger.info(f"Mixed precision: {dtype} on {device.type}")
+            self._trainer = MixedPrecisionTrainer(model, loader, optimizer, device, dtype)
         self.checkpointer = DetectionCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER

@@ -22,6 +22,7 @@ KEYS = {
     "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
     "SOLVER.BASE_LR": "optimizer.lr",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
+    "SOLVER.AMP.PRECISION": "train.amp.precision",
     "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
     "TEST.EVAL_PERIOD": "train.eval_period",
     "OUTPUT_DIR": "train.output_dir",
