@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
@@ -38,7 +37,7 @@ from fvcore.nn import FlopCountAnalysis
 from tabulate import tabulate
 from torch import nn
 
-from distill.config import drop_backbone_weights, load_config, student_config
+from distill.config import drop_backbone_weights, student_config
 from distill.distillers import build_distillers
 from distill.engine.precision import amp_dtype, keep_coordinates
 from distill.errors import DistillError
@@ -47,7 +46,7 @@ from distill.modeling.loss_weights import LossWeights
 from distill.modeling.scaling import build_scaling
 from distill.modeling.teacher import teacher_recipe
 from distill.modeling.views import align
-from distill.recipes import Recipe, YamlRecipe
+from distill.recipes import Recipe, YamlRecipe, explain, load_recipe
 
 logger = logging.getLogger("detectron2.benchmark")
 
@@ -55,11 +54,12 @@ FULL = "full step"
 BACKBONE = "student's backbone alone, forward and backward"
 
 
-def random_batch(cfg: CfgNode, boxes_per_image: int = 8) -> list[dict]:
+def random_batch(cfg: CfgNode, image_size: tuple[int, int], boxes_per_image: int = 8) -> list[dict]:
     """Random images with random boxes and masks of the first class.
 
     Args:
         cfg: the full config, for the size and the number of the images.
+        image_size: height and width, where the config does not say how images are resized.
         boxes_per_image: how many.
 
     Returns:
@@ -67,6 +67,8 @@ def random_batch(cfg: CfgNode, boxes_per_image: int = 8) -> list[dict]:
     """
     generator = torch.Generator().manual_seed(0)
     height, width = cfg.INPUT.MIN_SIZE_TRAIN[-1], cfg.INPUT.MAX_SIZE_TRAIN
+    if not (height and width):
+        height, width = image_size
     batch = []
     for _ in range(cfg.SOLVER.IMS_PER_BATCH):
         corners = torch.rand(boxes_per_image, 2, generator=generator) * 0.6
@@ -127,22 +129,24 @@ class PeakMemory:
         return int(re.search(rf"{key}:\s+(\d+)", status).group(1)) / 2**10
 
 
-def build_parts(cfg: CfgNode) -> dict[str, Callable[[], None]]:
-    """The parts of a step, and the whole, as functions to time."""
-    cfg.SOLVER.BASE_LR = 0.0  # random weights on random images would diverge
+def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> dict[str, Callable[[], None]]:
+    """The parts of a step, and the whole, as functions to time. The size of the images counts where the config has
+    none."""
+    cfg = recipe.cfg
     source = teacher_recipe(cfg)
     drop_backbone_weights(cfg)
     drop_backbone_weights(source.cfg)
-    student = build_model(student_config(cfg))
+    student = recipe.build_detector()
     teacher = Teacher(source.build_detector())
     scaling = build_scaling(cfg)
     levels = student.backbone.output_shape(), teacher.output_shape
     distillers = build_distillers(cfg, scaling.shape(*levels), teacher.output_shape)
     model = DistillationModel(student=student, teacher=teacher, distillers=distillers, scaling=scaling).train()
-    batch = random_batch(cfg)
+    batch = random_batch(cfg, image_size)
     own_batch = scaling.batch(batch)
-    recipe = YamlRecipe(cfg)
     own_optimizer, optimizer = recipe.build_optimizer(student), recipe.build_optimizer(model)
+    for group in (*own_optimizer.param_groups, *optimizer.param_groups):
+        group["lr"] = 0.0  # random weights on random images would diverge
 
     dtype = amp_dtype(cfg)
     if dtype == torch.bfloat16:
@@ -266,12 +270,13 @@ def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> t
     return rows, ratio
 
 
-def inference_recipes(cfg: CfgNode) -> dict[str, Recipe]:
+def inference_recipes(recipe: Recipe) -> dict[str, Recipe]:
     """The detectors to compare at inference: the teacher, the student, and for a student at half size, the same student
     at the teacher's size, its anchors doubled and its heads one level coarser."""
+    cfg = recipe.cfg
     teacher, student = teacher_recipe(cfg), student_config(cfg)
     recipes, scale = {"teacher": teacher}, cfg.DISTILL.STUDENT.INPUT_SCALE
-    if scale == 0.5:
+    if scale == 0.5 and isinstance(recipe, YamlRecipe):
         whole = student.clone()
         for node in ("RPN", "ROI_HEADS", "RETINANET", "FCOS"):
             whole.MODEL[node].IN_FEATURES = [
@@ -283,7 +288,7 @@ def inference_recipes(cfg: CfgNode) -> dict[str, Recipe]:
         whole.MODEL.ALIGNED_TEACHER.META_ARCHITECTURE = student.MODEL.META_ARCHITECTURE
         whole.MODEL.META_ARCHITECTURE, whole.TEST.SCALES = "AlignedTeacher", "high"  # without the unused finest level
         recipes["student at full size"] = YamlRecipe(whole)
-    recipes["student" if scale == 1 else f"student at {scale:g} of the size"] = YamlRecipe(student)
+    recipes["student" if scale == 1 else f"student at {scale:g} of the size"] = recipe
     return recipes
 
 
@@ -299,7 +304,7 @@ class _Boxes(nn.Module):
         return output["instances"].pred_boxes.tensor
 
 
-def measure_inference(cfg: CfgNode, image_size: tuple[int, int], rounds: int) -> list[dict]:
+def measure_inference(recipe: Recipe, image_size: tuple[int, int], rounds: int) -> list[dict]:
     """Runs the detectors in turns on the same random images, each resized to its own INPUT.MIN_SIZE_TEST.
 
     Returns:
@@ -307,6 +312,7 @@ def measure_inference(cfg: CfgNode, image_size: tuple[int, int], rounds: int) ->
         the rounds of its time divided by the teacher's, GFLOPs by fvcore's counter (a multiplication and an addition
         are one), and in MiB its weights together with the peak of what a forward pass takes on top.
     """
+    cfg = recipe.cfg
 
     @torch.no_grad()
     def detect(model: nn.Module, batch: list[dict]) -> None:
@@ -314,11 +320,11 @@ def measure_inference(cfg: CfgNode, image_size: tuple[int, int], rounds: int) ->
 
     image = np.random.default_rng(0).integers(256, size=(*image_size, 3), dtype=np.uint8)
     runs, inputs, flops, weights = {}, {}, {}, {}
-    for name, recipe in inference_recipes(cfg).items():
-        own = recipe.cfg
+    for name, detector in inference_recipes(recipe).items():
+        own = detector.cfg
         drop_backbone_weights(own)
         own.MODEL.DEVICE = cfg.MODEL.DEVICE
-        model = recipe.build_detector().eval()
+        model = detector.build_detector().eval()
         resize = ResizeShortestEdge(own.INPUT.MIN_SIZE_TEST, own.INPUT.MAX_SIZE_TEST)
         resized = resize.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
@@ -356,7 +362,8 @@ def main() -> None:
     args = parser.parse_args()
     setup_logger()
     try:
-        cfg = load_config(args.config_file, args.opts)
+        recipe = load_recipe(args.config_file, args.opts)
+        cfg = recipe.cfg
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
         if not args.inference:
@@ -364,11 +371,13 @@ def main() -> None:
         content = {"config": args.config_file, "rounds": args.rounds}
         with EventStorage():
             if args.inference:
-                content["rows"] = measure_inference(cfg, tuple(args.image_size), args.rounds)
+                content["rows"] = measure_inference(recipe, tuple(args.image_size), args.rounds)
             else:
-                content["rows"], content["ratio"] = measure(build_parts(cfg), args.rounds, cfg.MODEL.DEVICE)
+                content["rows"], content["ratio"] = measure(
+                    build_parts(recipe, args.image_size), args.rounds, cfg.MODEL.DEVICE
+                )
     except DistillError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {explain(error, args.config_file)}")
     content["device"] = torch.cuda.get_device_name() if cfg.MODEL.DEVICE.startswith("cuda") else "CPU"
     precision = {"/ backbone": ".3f", "/ teacher": ".3f", "GFLOPs": ".2f"}
     formats = tuple(precision.get(column, ".1f") for column in content["rows"][0])

@@ -158,7 +158,7 @@ class LazyRecipe(Recipe):
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         """The config's own, which knows the student's weights by their own names, and the distillers' with them."""
         node = copy.deepcopy(self.lazy.optimizer)
-        node.params.model = _by_own_names(model) if self.is_distilled else model
+        node.params.model = _by_own_names(model) if hasattr(model, "distillers") else model
         return instantiate(node)
 
     def build_lr_scheduler(self, optimizer: Optimizer) -> Any:

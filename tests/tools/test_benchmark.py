@@ -71,3 +71,22 @@ def test_inference_with_a_plain_teacher(tmp_path):
     assert all(
         f"| {name} " in result.stdout for name in ("teacher", "student at full size", "student at 0.5 of the size")
     )
+
+
+def test_a_python_config(tmp_path):
+    teacher = write_teacher(tmp_path, detector_cfg("mask_rcnn"))
+    arguments = ["--config-file", "tests/lazy/mask_rcnn.py", "--rounds", "1", "--json", str(tmp_path / "rows.json")]
+    opts = ["distill.DISTILLERS=[ReviewDistiller]", "train.device=cpu"]
+    opts += [f"distill.{key.removeprefix('DISTILL.')}={value}" for key, value in teacher.items()]
+    result = run_script("tools/benchmark.py", *arguments, *opts)
+    assert result.returncode == 0, result.stderr[-3000:]
+    parts = [row["part"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
+    assert "ReviewDistiller, forward and backward" in parts and "full step" in parts
+    result = run_script("tools/benchmark.py", *arguments, "--inference", "--image-size", "64", "64", *opts)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [row["detector"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == [
+        "teacher",
+        "student",
+    ]
+    result = run_script("tools/benchmark.py", *arguments, *opts, "distill.REVIEW.LEVELS=[p9]")
+    assert "error: distill.REVIEW.LEVELS asks for p9" in result.stderr
