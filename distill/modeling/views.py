@@ -1,6 +1,6 @@
 """What a distiller may see of a detector for one batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -186,9 +186,9 @@ class DetectorView:
             each, ``LongTensor[P]``, rows of the image's :attr:`ground_truth`.
         """
         detector = self._detector
-        is_shown = self._shown_anchors()
-        new_rows = is_shown.cumsum(0) - 1
         anchors = detector.anchor_generator(self._head_features)
+        is_shown = self._shown_anchors(anchors)
+        new_rows = is_shown.cumsum(0) - 1
         truths = [self._scaling.instances(x) for x in self.ground_truth]
         matches = []
         for labels, boxes, truth in zip(*detector.label_anchors(anchors, truths), truths):
@@ -200,15 +200,14 @@ class DetectorView:
             matches.append((new_rows[positive], same.int().argmax(1) if len(truth) else positive))
         return matches
 
-    def _shown_anchors(self) -> Tensor:
+    def _shown_anchors(self, anchors: Sequence[Boxes]) -> Tensor:
         """``BoolTensor[R']``: which of all anchors lie in the cells that the view shows."""
-        detector = self._detector
         shown = []
-        for own, anchors in zip(detector.head_in_features, detector.anchor_generator(self._head_features)):
+        for own, level in zip(self._detector.head_in_features, anchors):
             size, kept = self._own_size(own), self._cells(own)
-            cells = torch.zeros(size, dtype=torch.bool, device=detector.device)
+            cells = torch.zeros(size, dtype=torch.bool, device=self._detector.device)
             cells[: kept[0], : kept[1]] = True
-            shown.append(cells.flatten().repeat_interleave(len(anchors) // cells.numel()))
+            shown.append(cells.flatten().repeat_interleave(len(level) // cells.numel()))
         return torch.cat(shown)
 
     @property
