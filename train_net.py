@@ -102,9 +102,9 @@ def evaluate_teacher(recipe: Recipe) -> dict:
     own = teacher_recipe(cfg)
     own.cfg.DATASETS = cfg.DATASETS
     check_datasets(own.cfg)
-    reader = own if own.has_test_mapper else recipe
-    model = load_detector(own, "teacher")
-    results = recipe.evaluate(model, reader.build_mapper(image_format=own.cfg.INPUT.FORMAT), "teacher/inference")
+    # a config without a test mapper says no size: the student's, in the teacher's order of channels
+    mapper = own.build_mapper() if own.has_test_mapper else recipe.build_mapper(image_format=own.cfg.INPUT.FORMAT)
+    results = recipe.evaluate(load_detector(own, "teacher"), mapper, "teacher/inference")
     if comm.is_main_process():
         verify_results(own.cfg, results)
     return results

@@ -144,19 +144,47 @@ def _replace_batch_norms(module: nn.Module, norm: str) -> None:
             _replace_batch_norms(child, norm)
 
 
+def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """Detectron2's FPN, from MODEL.FPN, on all features of a network.
+
+    Above the coarsest one, RetinaNet and FCOS get two strided convolutions (as in
+    ``build_retinanet_resnet_fpn_backbone``), all others a max pooling (as in ``build_resnet_fpn_backbone``).
+
+    Args:
+        cfg: the full config.
+        bottom_up: the network.
+
+    Returns:
+        The backbone, with levels named p2, p3, ... by the logarithm of their stride.
+    """
+    shape = bottom_up.output_shape()
+    *_, coarsest = shape
+    out_channels = cfg.MODEL.FPN.OUT_CHANNELS
+    if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS"):
+        top_block = LastLevelP6P7(shape[coarsest].channels, out_channels, in_feature=coarsest)
+    else:
+        top_block = LastLevelMaxPool()
+        top_block.in_feature = f"p{int(math.log2(shape[coarsest].stride))}"
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=list(shape),
+        out_channels=out_channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
 @BACKBONE_REGISTRY.register()
 def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """An FPN on a torchvision network, from MODEL.TORCHVISION, MODEL.FPN and MODEL.BACKBONE.FREEZE_AT.
-
-    Above the coarsest tap, RetinaNet and FCOS get two strided convolutions (as in
-    ``build_retinanet_resnet_fpn_backbone``), all others a max pooling (as in ``build_resnet_fpn_backbone``).
 
     Args:
         cfg: the full config.
         input_shape: not used; backbone builders are given it.
 
     Returns:
-        The backbone, with levels named p2, p3, ... by the logarithm of their stride.
+        The backbone, see :func:`build_fpn`.
 
     Raises:
         DistillError: see :class:`TorchvisionBackbone`.
@@ -165,21 +193,7 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     bottom_up = TorchvisionBackbone(
         node.NAME, node.OUT_FEATURES, node.NORM, node.WEIGHTS, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
     )
-    out_channels = cfg.MODEL.FPN.OUT_CHANNELS
-    coarsest = bottom_up.output_shape()[node.OUT_FEATURES[-1]]
-    if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS"):
-        top_block = LastLevelP6P7(coarsest.channels, out_channels, in_feature=node.OUT_FEATURES[-1])
-    else:
-        top_block = LastLevelMaxPool()
-        top_block.in_feature = f"p{int(math.log2(coarsest.stride))}"
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=list(node.OUT_FEATURES),
-        out_channels=out_channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_fpn(cfg, bottom_up)
 
 
 @BACKBONE_REGISTRY.register()

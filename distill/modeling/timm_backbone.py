@@ -14,12 +14,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from timm.layers import GroupNorm, GroupNormAct, convert_sync_batchnorm
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from ..errors import DistillError
+from .backbones import build_fpn
 
 _PACKAGE = "package:"
 _NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
@@ -241,15 +241,12 @@ def _group_norm(module: nn.BatchNorm2d) -> nn.Module:
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """An FPN on a timm network, from MODEL.TIMM, MODEL.FPN and MODEL.BACKBONE.FREEZE_AT.
 
-    Above the coarsest stage, RetinaNet and FCOS get two strided convolutions (as in
-    ``build_retinanet_resnet_fpn_backbone``), all others a max pooling (as in ``build_resnet_fpn_backbone``).
-
     Args:
         cfg: the full config.
         input_shape: not used; backbone builders are given it.
 
     Returns:
-        The backbone, with levels named p2, p3, ... by the logarithm of their stride.
+        The backbone, see :func:`build_fpn`.
 
     Raises:
         DistillError: see :class:`TimmBackbone`.
@@ -258,19 +255,4 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     bottom_up = TimmBackbone(
         node.NAME, node.OUT_INDICES, node.NORM, node.WEIGHTS, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
     )
-    shape = bottom_up.output_shape()
-    *_, coarsest = shape
-    out_channels = cfg.MODEL.FPN.OUT_CHANNELS
-    if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS"):
-        top_block = LastLevelP6P7(shape[coarsest].channels, out_channels, in_feature=coarsest)
-    else:
-        top_block = LastLevelMaxPool()
-        top_block.in_feature = f"p{int(math.log2(shape[coarsest].stride))}"
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=list(shape),
-        out_channels=out_channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_fpn(cfg, bottom_up)
