@@ -1,4 +1,5 @@
 # make venv | make test | make demo: each sets up what is missing, then runs.
+# make demo DATA="voc:photos:train voc:photos:test" takes your own photos; see tools/demo.py.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
@@ -19,4 +20,4 @@ lint: venv
 	$(PY) -m ruff format --check .
 
 demo: venv
-	$(PY) tools/demo.py
+	$(PY) tools/demo.py $(if $(DATA),--data $(DATA))

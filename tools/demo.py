@@ -1,54 +1,107 @@
 #!/usr/bin/env python3
-"""The project's main job on data that needs no download: a teacher, a student, and the same student distilled.
+"""The project's main job in minutes: a teacher, a student, and the same student distilled, side by side.
 
     python tools/demo.py [--output output/demo]
+    python tools/demo.py --data TRAIN TEST     # your own photos, each in a form of DATASETS.REGISTER without its name:
+                                               # voc:ROOT:SPLIT[:class,class,...] or coco:JSON:IMAGE_ROOT
 
-Trains the three with train_net.py on ``digit_scenes``, prints one table, and draws their detections side by side.
-Finished stages are kept, and an interrupted one goes on from its last checkpoint.
+Trains them with train_net.py, on ``digit_scenes`` (which needs no download) or on your photos, prints one table, and
+draws their detections side by side. Finished stages are kept, and an interrupted one goes on from its last checkpoint.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
 from runs import TrainingFailed, read_metrics, train
 from tabulate import tabulate
 
-from distill.config import load_config, student_config
+from distill.config import CLASS_NODES, load_config, student_config
+from distill.data import register_datasets
 from distill.data.digit_scenes import prepare_digit_scenes
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
 
-STAGES = {"teacher": "teacher", "student": "student", "student, distilled": "review"}
+
+class Stage(NamedTuple):
+    """One training: what the table calls it, its config, and its folder below ``--output``."""
+
+    name: str
+    config: str
+    folder: str
+    opts: tuple[str, ...] = ()
+
+
+STAGES = (
+    Stage("teacher", "configs/demo/teacher.yaml", "teacher"),
+    Stage("student", "configs/demo/student.yaml", "student"),
+    Stage("student, distilled", "configs/demo/review.yaml", "review"),
+)
 NUM_DRAWN, MIN_SCORE = 6, 0.5
 NUM_TIMED = 20
-SCALE = 3.0  # of the drawn images, whose 128 pixels hold no text
+DRAWN_PIXELS = 384  # short side of a drawn image: text needs them
 
 
-def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> None:
+def photo_opts(train_set: str, test_set: str) -> list[str]:
+    """Registers data sets of the user's own.
+
+    Args:
+        train_set: to train on, ``voc:ROOT:SPLIT[:class,class,...]`` or ``coco:JSON:IMAGE_ROOT``.
+        test_set: to test on, the same.
+
+    Returns:
+        Overrides of the demo's configs for photos, ``[KEY, VALUE, ...]``.
+
+    Raises:
+        DistillError: see :func:`distill.data.register_datasets`.
+    """
+    entries = [f"demo_train={train_set}", f"demo_test={test_set}"]
+    register_datasets(entries)
+    classes = MetadataCatalog.get("demo_train").thing_classes
+    model = load_config(STAGES[0].config).MODEL
+    node = CLASS_NODES[model.META_ARCHITECTURE]
+    opts = {
+        "DATASETS.REGISTER": entries,
+        "DATASETS.TRAIN": ["demo_train"],
+        "DATASETS.TEST": ["demo_test"],
+        f"MODEL.{node}.NUM_CLASSES": len(classes),
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[2 * side for side in level] for level in model.ANCHOR_GENERATOR.SIZES],
+        "INPUT.MIN_SIZE_TRAIN": [256],
+        "INPUT.MAX_SIZE_TRAIN": 384,
+        "INPUT.MIN_SIZE_TEST": 256,
+        "INPUT.MAX_SIZE_TEST": 384,
+        "INPUT.RANDOM_FLIP": "horizontal",
+    }
+    return [str(item) for pair in opts.items() for item in pair]
+
+
+def train_stage(stage: Stage, folder: Path, overrides: Sequence[str]) -> None:
     """Trains one model, showing its progress; returns at once if it is finished.
 
     Args:
-        name: what to call it.
-        config: its config file.
+        stage: which.
         folder: its OUTPUT_DIR.
         overrides: ``[KEY, VALUE, ...]``.
 
     Raises:
         SystemExit: the training failed; the end of its log is shown.
     """
+    name = stage.name
     finished = folder / "finished"  # model_final.pth is there before its evaluation is
     if finished.exists():
         print(f"{name}: finished already ({folder})")
@@ -61,7 +114,7 @@ def train_stage(name: str, config: str, folder: Path, overrides: list[str]) -> N
     log = folder / "train.log"
     print(f"{name}: training, log in {log}", flush=True)
     try:
-        train(config, folder, overrides, show)
+        train(stage.config, folder, overrides, show)
     except TrainingFailed as error:
         sys.exit(
             f"{error}\nerror: training the {name} failed, see {log}. Run it again to go on from the last checkpoint."
@@ -106,10 +159,11 @@ def draw(records: list[dict], detections: dict[str, list], metadata: Metadata, p
     figure, axes = plt.subplots(len(records), len(columns), figsize=(2.4 * len(columns), 2.4 * len(records)))
     for row, record in enumerate(records):
         image = read_image(record["file_name"], "RGB")
-        drawn = [Visualizer(image, metadata, SCALE).draw_dataset_dict(_boxes_alone(record))]
+        scale = DRAWN_PIXELS / min(image.shape[:2])
+        drawn = [Visualizer(image, metadata, scale).draw_dataset_dict(_boxes_alone(record))]
         for instances in detections.values():
             sure = instances[row][instances[row].scores >= MIN_SCORE]
-            drawn.append(Visualizer(image, metadata, SCALE).draw_instance_predictions(sure))
+            drawn.append(Visualizer(image, metadata, scale).draw_instance_predictions(sure))
         for axis, name, picture in zip(axes[row], columns, drawn):
             axis.imshow(picture.get_image())
             axis.axis("off")
@@ -124,46 +178,87 @@ def _boxes_alone(record: dict) -> dict:
     return {**record, "annotations": annotations}
 
 
+def stage_config(folder: Path) -> CfgNode:
+    """The config of a trained detector, which is the student's where there is one.
+
+    Args:
+        folder: the OUTPUT_DIR of its stage.
+
+    Returns:
+        The config, with the trained weights.
+    """
+    cfg = student_config(load_config(str(folder / "config.yaml")))
+    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    return cfg
+
+
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output/demo"), metavar="DIR")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ..., for all three trainings")
-    args = parser.parse_args()
-    output = args.output.resolve()
+def show(output: Path) -> None:
+    """Prints the table and draws the detections of what has been trained.
 
-    setup_logger(name="distill")
-    prepare_digit_scenes()
-    weights = ["DISTILL.TEACHER.WEIGHTS", str(output / "teacher" / "model_final.pth")]
-    for name, stage in STAGES.items():
-        extra = args.opts + (weights if stage == "review" else [])
-        train_stage(name, f"configs/demo/{stage}.yaml", output / stage, extra)
-
-    models, rows = {}, []
-    for name, stage in STAGES.items():
-        cfg = student_config(load_config(str(output / stage / "config.yaml")))
-        cfg.MODEL.WEIGHTS = str(output / stage / "model_final.pth")
-        models[name] = load_detector(cfg, name).eval()
-    dataset = DatasetCatalog.get("digit_scenes_val")
-    records = dataset[:NUM_TIMED]
-    inputs = [{"image": torch.from_numpy(read_image(r["file_name"], "BGR").transpose(2, 0, 1).copy())} for r in records]
+    Args:
+        output: the folder of the stages' folders; ``table.md`` and ``detections.png`` are written there.
+    """
+    configs = {stage.name: stage_config(output / stage.folder) for stage in STAGES}
+    models = {name: load_detector(cfg, name).eval() for name, cfg in configs.items()}
+    cfg = configs[STAGES[0].name]
+    (test_set,) = cfg.DATASETS.TEST
+    records = DatasetCatalog.get(test_set)[:NUM_TIMED]
+    mapper = DatasetMapper(cfg, is_train=False)
+    inputs = [mapper(record) for record in records]
     times = time_inference(models, inputs)
-    for (name, model), stage in zip(models.items(), STAGES.values()):
-        scores = next(record for record in reversed(read_metrics(output / stage)) if "bbox/AP" in record)
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        rows.append([name, *(scores[f"bbox/{key}"] for key in ("AP", "AP50", "AP75")), parameters, times[name]])
+    rows = []
+    for stage in STAGES:
+        scores = next(record for record in reversed(read_metrics(output / stage.folder)) if "bbox/AP" in record)
+        parameters = sum(p.numel() for p in models[stage.name].parameters()) / 1e6
+        metrics = [scores[f"bbox/{key}"] for key in ("AP", "AP50", "AP75")]
+        rows.append([stage.name, *metrics, parameters, times[stage.name]])
     headers = ["model", "AP", "AP50", "AP75", "parameters (M)", "ms per image"]
     table = tabulate(rows, headers, tablefmt="pipe", floatfmt=("", ".1f", ".1f", ".1f", ".1f", ".1f"))
     (output / "table.md").write_text(table + "\n")
 
     detections = {name: [x["instances"].to("cpu") for x in model(inputs[:NUM_DRAWN])] for name, model in models.items()}
     picture = output / "detections.png"
-    draw(records[:NUM_DRAWN], detections, MetadataCatalog.get("digit_scenes_val"), picture)
-    print(f"\n{table}\n\nThe detections side by side: {picture}")
+    draw(records[:NUM_DRAWN], detections, MetadataCatalog.get(test_set), picture)
+    student = output / STAGES[-1].folder
+    print(
+        f"\n{table}\n\nThe detections side by side: {picture}\n"
+        f"To take the distilled student away: python tools/export_student.py --config-file {student}/config.yaml "
+        f"--weights {student}/model_final.pth --output {output}/exported\n"
+        "Its backbone is timm's: who loads it needs this package (no teacher). A student on Detectron2's own ResNet "
+        "needs Detectron2 alone."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: output/demo, output/demo_photos with --data"
+    )
+    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="data sets of your own")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ..., for all trainings")
+    args = parser.parse_args()
+    output = (args.output or Path("output/demo_photos" if args.data else "output/demo")).resolve()
+
+    setup_logger(name="distill")
+    if not args.data:
+        prepare_digit_scenes()
+    opts = [*(photo_opts(*args.data) if args.data else []), *args.opts]
+    teacher = output / STAGES[0].folder
+    learn = [
+        *("DISTILL.TEACHER.CONFIG_FILE", str(teacher / "config.yaml")),
+        *("DISTILL.TEACHER.WEIGHTS", str(teacher / "model_final.pth")),
+    ]
+    for stage in STAGES:
+        train_stage(stage, output / stage.folder, [*learn, *opts, *stage.opts])
+    try:
+        show(output)
+    except DistillError as error:
+        raise DistillError(f"{error} To train a stage again, remove its folder in {output}.") from error
 
 
 if __name__ == "__main__":
     try:
         main()
     except DistillError as error:
-        sys.exit(f"error: {error} To train that stage again, remove its folder.")
+        sys.exit(f"error: {error}")

@@ -4,10 +4,9 @@
     python tools/export_student.py --config-file CONFIG --weights W --output DIR
 
 ``DIR/config.yaml`` holds Detectron2's own keys only, unless the student itself is an FCOS or stands on a backbone of
-timm or torchvision: then ``MODEL.FCOS``, ``MODEL.TIMM`` or ``MODEL.TORCHVISION`` stay, and who loads it imports
-``distill.modeling`` and calls ``add_distill_config`` first. For a Python config, ``DIR/config.yaml`` is read by
-``LazyConfig.load``; a config that cannot be dumped, as with functions in it, is written as ``DIR/config.py``, which
-loads the original file.
+timm: then ``MODEL.FCOS`` or ``MODEL.TIMM`` stays, and who loads it imports ``distill.modeling`` and calls
+``add_distill_config`` first. For a Python config, ``DIR/config.yaml`` is read by ``LazyConfig.load``; a config that
+cannot be dumped, as with functions in it, is written as ``DIR/config.py``, which loads the original file.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def export(config_file: str, weights: str, output: str, opts: list[str]) -> None
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
     written = recipe.write(str(folder), str(folder / "model_final.pth"))
     logger.info(f"{folder} holds {Path(written).name} and model_final.pth")
-    ours = [key for key in ("FCOS", "TIMM", "TORCHVISION") if key in cfg.MODEL]
+    ours = [key for key in ("FCOS", "TIMM") if key in cfg.MODEL]
     if ours and isinstance(recipe, YamlRecipe):
         logger.info(
             f"The student is built from MODEL.{' and MODEL.'.join(ours)}: to load it, import distill.modeling and call "

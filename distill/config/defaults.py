@@ -180,17 +180,6 @@ def add_distill_config(cfg: CfgNode) -> None:
     # of the whole network; or "package:NAME", the weights that an installed package holds
     _C.MODEL.TIMM.WEIGHTS = ""
 
-    # torchvision classification networks, for build_torchvision_fpn_backbone
-    _C.MODEL.TORCHVISION = CN()
-    # A name of torchvision.models, such as "resnet18" or "mobilenet_v2"
-    _C.MODEL.TORCHVISION.NAME = "mobilenet_v2"
-    # Nodes of torchvision's feature extraction whose outputs the FPN takes, finest first
-    _C.MODEL.TORCHVISION.OUT_FEATURES = ["features.3", "features.6", "features.13", "features.17"]
-    # What takes the place of the network's batch norms: "BN", "FrozenBN", "SyncBN", "GN" ...
-    _C.MODEL.TORCHVISION.NORM = "FrozenBN"
-    # Empty: random; a name of torchvision's weights, such as "IMAGENET1K_V1"; or a file with a state dict
-    _C.MODEL.TORCHVISION.WEIGHTS = ""
-
     # FCOS, which Detectron2 has as Python only; the losses and the heads are Detectron2's
     _C.MODEL.FCOS = CN()
     _C.MODEL.FCOS.NUM_CLASSES = 80

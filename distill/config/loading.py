@@ -244,21 +244,20 @@ def slim_config(cfg: CfgNode) -> CfgNode:
 
 
 def drop_backbone_weights(cfg: CfgNode) -> None:
-    """Has a backbone of timm or torchvision built with random weights, in place: others are loaded over them.
+    """Has a backbone of timm built with random weights, in place: others are loaded over them.
 
     Args:
         cfg: a detector's config, not frozen.
     """
-    for node in ("TIMM", "TORCHVISION"):
-        if node in cfg.MODEL:
-            cfg.MODEL[node].WEIGHTS = ""
+    if "TIMM" in cfg.MODEL:
+        cfg.MODEL.TIMM.WEIGHTS = ""
 
 
 def plain_config(cfg: CfgNode) -> CfgNode:
     """The student's config as plain Detectron2 reads it.
 
     The keys of this package are dropped, but for those that the student itself is built from: MODEL.FCOS for an
-    FCOS student, MODEL.TIMM or MODEL.TORCHVISION for a backbone of theirs. To read such a config, call
+    FCOS student, MODEL.TIMM for a backbone of timm. To read such a config, call
     ``add_distill_config`` first. A slimmable ResNet becomes a plain one of the same widths. The sizes of training
     images become those that the student saw.
 
@@ -283,9 +282,8 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     del cfg.MODEL["ALIGNED_TEACHER"], cfg.SOLVER.AMP["PRECISION"]
     if cfg.MODEL.META_ARCHITECTURE != "FCOS":
         del cfg.MODEL["FCOS"]
-    for node in ("TIMM", "TORCHVISION"):
-        if f"build_{node.lower()}_fpn_backbone" != cfg.MODEL.BACKBONE.NAME:
-            del cfg.MODEL[node]
+    if cfg.MODEL.BACKBONE.NAME != "build_timm_fpn_backbone":
+        del cfg.MODEL["TIMM"]
     return cfg
 
 

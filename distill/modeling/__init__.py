@@ -1,7 +1,7 @@
 """Student, teacher and what a distiller sees of them; backbones and meta-architectures."""
 
 from .aligned_teacher import AlignedBackbone, AlignedTeacher
-from .backbones import TorchvisionBackbone, build_slimmable_resnet_fpn_backbone, build_torchvision_fpn_backbone
+from .backbones import build_slimmable_resnet_fpn_backbone
 from .distillation_model import DistillationModel
 from .fusion import CrossFeatureFusion
 from .meta_arch import FCOS
@@ -18,9 +18,7 @@ __all__ = [
     "DistillationModel",
     "Teacher",
     "TimmBackbone",
-    "TorchvisionBackbone",
     "build_slimmable_resnet_fpn_backbone",
     "build_teacher",
     "build_timm_fpn_backbone",
-    "build_torchvision_fpn_backbone",
 ]

@@ -135,11 +135,10 @@ def describe_weights(cfg: CfgNode) -> str:
         cfg: the detector's config.
 
     Returns:
-        A file, the name of timm's or torchvision's weights, or "random weights".
+        A file, the name of timm's weights, or "random weights".
     """
     if cfg.MODEL.WEIGHTS:
         return cfg.MODEL.WEIGHTS
-    for node in ("TIMM", "TORCHVISION"):
-        if f"build_{node.lower()}_fpn_backbone" == cfg.MODEL.BACKBONE.NAME and cfg.MODEL[node].WEIGHTS:
-            return f"{node.lower()}'s {cfg.MODEL[node].NAME}, {cfg.MODEL[node].WEIGHTS}"
+    if cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" and cfg.MODEL.TIMM.WEIGHTS:
+        return f"timm's {cfg.MODEL.TIMM.NAME}, {cfg.MODEL.TIMM.WEIGHTS}"
     return "random weights"

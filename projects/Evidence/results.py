@@ -23,11 +23,6 @@ squares. All students of a table have the same teacher unless it says otherwise:
 change. The cost is that of a training step relative to the baseline's, the median over steps that were run in turns in
 one process, without what is done once in many steps (evaluation, measuring gradients, the search for prototypes). Empty
 cells were not run, or not with today's config.
-
-All rows were run before the methods were put right by the authors' code: global knowledge with its factors inside and
-outside of boxes exchanged (4 and 1 for 1 and 4), with the mean of RetinaNet's levels for their sum, and with an
-adaptation that starts as the identity; review without the attention's bias; the mean of structural similarity's levels
-for their sum, which `DISTILL.BALANCE` evens out.
 """
 
 

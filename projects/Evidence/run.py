@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Runs the experiments behind docs/results.md, and writes it.
 
-    python projects/Evidence/run.py --suite digits_rcnn --seeds 0 1 2 [--only ROW ...]    # trains what is missing
-    python projects/Evidence/run.py --suite digits_rcnn --cost                            # times a step of each row
-    python projects/Evidence/run.py --table                                               # prints and writes the tables
-    python projects/Evidence/run.py --plot                                                # draws the plots
+    python projects/Evidence/run.py --suite demo --seeds 0 1 2 [--only ROW ...]   # trains what is missing
+    python projects/Evidence/run.py --suite demo --cost                           # times a step of each row
+    python projects/Evidence/run.py --table                                       # prints and writes the tables
+    python projects/Evidence/run.py --plot                                        # draws the plots
 
 A suite is suites/NAME.yaml: rows, each a config with overrides, and one teacher. Each finished training is a line of
 results/NAME.jsonl and is not repeated while its config stays what it is; a killed runner goes on from the last

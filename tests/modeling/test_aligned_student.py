@@ -124,9 +124,9 @@ def test_the_student_starts_from_all_of_the_teachers_weights(tmp_path, kind):
 
 def test_a_shallower_student_pads_to_half_of_what_the_teacher_pads_to(tmp_path):
     small = {
-        "MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone",
-        "MODEL.TORCHVISION.NAME": "resnet18",
-        "MODEL.TORCHVISION.OUT_FEATURES": ["layer1", "layer2", "layer3"],
+        "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
+        "MODEL.TIMM.NAME": "resnet18",
+        "MODEL.TIMM.OUT_INDICES": [1, 2, 3],
     }
     model = build_model(pair_cfg(tmp_path, "retinanet", **small))
     assert (model.student.backbone.size_divisibility, model.teacher.model.backbone.size_divisibility) == (16, 64)

@@ -13,9 +13,9 @@ from distill.modeling.views import align
 from tests.helpers import detector_cfg, distillation_cfg, random_batch, write_teacher
 
 SHALLOW = {  # pads to multiples of 16, where the others pad to 32
-    "MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone",
-    "MODEL.TORCHVISION.NAME": "resnet18",
-    "MODEL.TORCHVISION.OUT_FEATURES": ["layer1", "layer2", "layer3"],
+    "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
+    "MODEL.TIMM.NAME": "resnet18",
+    "MODEL.TIMM.OUT_INDICES": [1, 2, 3],
     "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
     "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4"],
     "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [128]],

@@ -76,15 +76,15 @@ def test_a_checkpoint_that_does_not_fill_the_student_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_fcos_on_a_torchvision_backbone_needs_this_package_and_no_download(tmp_path):
+def test_fcos_on_a_timm_backbone_needs_this_package_and_no_download(tmp_path):
     backbone = {
-        "MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone",
-        "MODEL.TORCHVISION.NAME": "resnet18",
-        "MODEL.TORCHVISION.OUT_FEATURES": ["layer2", "layer3", "layer4"],
+        "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
+        "MODEL.TIMM.NAME": "resnet18",
+        "MODEL.TIMM.OUT_INDICES": [2, 3, 4],
     }
     cfg = detector_cfg("fcos", **backbone)
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
-    cfg.MODEL.TORCHVISION.WEIGHTS = "IMAGENET1K_V1"  # what it was trained from
+    cfg.MODEL.TIMM.WEIGHTS = "tv_in1k"  # what it was trained from
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     out = tmp_path / "exported"
     result = run_script(
@@ -92,6 +92,6 @@ def test_fcos_on_a_torchvision_backbone_needs_this_package_and_no_download(tmp_p
         *("--weights", str(tmp_path / "model.pth"), "--output", str(out)),
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "built from MODEL.FCOS and MODEL.TORCHVISION" in result.stdout
+    assert "built from MODEL.FCOS and MODEL.TIMM" in result.stdout
     exported = load_detector(load_config(str(out / "config.yaml")), "student")
     assert isinstance(exported, FCOS)
