@@ -47,10 +47,13 @@ class Stage(NamedTuple):
     opts: tuple[str, ...] = ()
 
 
+# the student starts from what fits of the teacher, besides
+INHERIT = ("DISTILL.STUDENT.INHERIT", "['backbone.fpn_output', 'head']")
 STAGES = (
     Stage("teacher", "configs/demo/teacher.yaml", "teacher"),
     Stage("student", "configs/demo/student.yaml", "student"),
     Stage("student, distilled", "configs/demo/review.yaml", "review"),
+    Stage("the same, inheriting", "configs/demo/review.yaml", "review_inherit", INHERIT),
 )
 NUM_DRAWN, MIN_SCORE = 6, 0.5
 NUM_TIMED = 20
