@@ -22,9 +22,10 @@ from torch import nn
 
 from distill.config import check_output_dir, check_solver, student_config
 from distill.data import check_datasets, register_datasets
-from distill.engine import Trainer, agreed_checkpoint, amp_dtype, launch
+from distill.engine import Trainer, agreed_checkpoint, launch
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
+from distill.modeling.precision import amp_dtype, distill_dtype
 from distill.modeling.teacher import teacher_recipe
 from distill.recipes import Recipe, explain, load_recipe
 
@@ -78,6 +79,7 @@ def setup(args: Namespace) -> Recipe:
     recipe.check_evaluation(args.eval_only)
     if not args.eval_only:
         recipe.check()
+        distill_dtype(cfg)
         amp_dtype(cfg)
         check_solver(cfg, comm.get_world_size())
     check_output_dir(cfg.OUTPUT_DIR)

@@ -39,10 +39,10 @@ from torch import nn
 
 from distill.config import drop_backbone_weights, student_config
 from distill.distillers import build_distillers
-from distill.engine.precision import amp_dtype, keep_coordinates
 from distill.errors import DistillError
 from distill.modeling import DetectorView, DistillationModel, Teacher
 from distill.modeling.loss_weights import LossWeights
+from distill.modeling.precision import amp_dtype, keep_coordinates
 from distill.modeling.scaling import build_scaling
 from distill.modeling.teacher import teacher_recipe
 from distill.modeling.views import align
@@ -171,7 +171,7 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> dict[str, Callab
         own_images = student.preprocess_image(own_batch).tensor
         own = student.backbone(own_images)
         student(own_batch)
-        outputs = {name: tap.take()[1] for name, tap in model._head_taps.items()}
+        outputs = {name: tap.take()[1] for name, tap in model._taps.items()}
 
     def distil(distiller: nn.Module) -> None:
         leaves = {k: v.clone().requires_grad_() for k, v in own.items()}

@@ -39,6 +39,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     # The settings of variants, as keys of DISTILL that differ, such as {boxes: {IMITATION: {REGION: boxes}}}. A config
     # file defines them; the command line may change what is defined.
     _C.DISTILL.VARIANTS = CN(new_allowed=True)
+    # What the teacher and the distillers' own layers compute in: "auto" (as the training), "float32", "bfloat16" or
+    # "float16". Losses are computed in float32 in any case.
+    _C.DISTILL.PRECISION = "auto"
     # Modules to import first, so that the distillers in them register; their add_config(cfg), if any, adds keys
     _C.DISTILL.IMPORTS = []
     # Every so many iterations the gradient of each distiller at the student's features is measured and logged, as a

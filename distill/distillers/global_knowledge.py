@@ -163,17 +163,13 @@ class GlobalKnowledgeDistiller(Distiller):
             robustness = prototype_robustness(*similarities, labels, prototypes[2])
             known = (labels[:, None] == prototypes[2]).any(1)  # torch.isin may wait for the GPU
             if self.global_weight is not None:
-                total = total + global_knowledge_loss(*(x[known] for x in (*similarities, robustness)))
+                total = total + global_knowledge_loss(*similarities, robustness, known)
             here = own_level == index
             own_robustness = torch.where(here, robustness, own_robustness)
             if self.local_weight is not None:
-                painted = (here & known).split(sizes)
-                masks[level] = box_mask(
-                    [x[on] for x, on in zip(boxes, painted)],
-                    [x[on] for x, on in zip(robustness.split(sizes), painted)],
-                    tuple(teacher.features[level].shape[2:]),
-                    student.strides[level],
-                )
+                painted = torch.where(here & known, robustness, -1.0).split(sizes)
+                size = tuple(teacher.features[level].shape[2:])
+                masks[level] = box_mask(boxes, painted, size, student.strides[level])
         if self.global_weight is not None:
             losses["loss_global"] = self.global_weight * total
         if self.local_weight is not None:
@@ -186,13 +182,19 @@ class GlobalKnowledgeDistiller(Distiller):
     def _boxes(self, student: DetectorView) -> tuple[list[Tensor], Tensor]:
         """The instances of each image, and the classes of all."""
         if self.instances == "proposals" and student.has_box_head:
-            positive = [x[self._is_positive(x)] for x in student.proposals]
-            return [x.proposal_boxes.tensor for x in positive], torch.cat([x.gt_classes for x in positive])
+            rows, sizes = self._positive_rows(student.proposals)
+            boxes = torch.cat([x.proposal_boxes.tensor for x in student.proposals])[rows]
+            return list(boxes.split(sizes)), torch.cat([x.gt_classes for x in student.proposals])[rows]
         truth = student.ground_truth
         return [x.gt_boxes.tensor for x in truth], torch.cat([x.gt_classes for x in truth])
 
-    def _is_positive(self, proposals: Instances) -> Tensor:
-        return (proposals.gt_classes >= 0) & (proposals.gt_classes < self.prototypes.num_classes)
+    def _positive_rows(self, proposals: Sequence[Instances]) -> tuple[Tensor, list[int]]:
+        """Which of all images' proposals are positive, and how many each image has. The host waits once."""
+        classes = torch.cat([x.gt_classes for x in proposals])
+        positive = (classes >= 0) & (classes < self.prototypes.num_classes)
+        sizes = torch.stack([x.sum() for x in positive.split([len(x) for x in proposals])]).tolist()
+        # the positive ones first, each kind in its order
+        return positive.logical_not().to(torch.uint8).argsort(stable=True)[: sum(sizes)], sizes
 
     def _local_loss(self, student: DetectorView, teacher: DetectorView, masks: Mapping[str, Tensor]) -> Tensor:
         if self.local_distiller is None:
@@ -220,21 +222,21 @@ class GlobalKnowledgeDistiller(Distiller):
         if student.has_box_head:
             teachers = teacher.box_head([Boxes(x) for x in boxes])[0]
             if self.instances == "proposals":  # its own forward has been there, and a second one would move batch norms
-                own = student.proposal_logits[torch.cat([self._is_positive(x) for x in student.proposals])]
+                own = student.proposal_logits[self._positive_rows(student.proposals)[0]]
             else:
                 own = student.box_head([Boxes(x) for x in boxes])[0]
             logits = [own, teachers]
         else:
             matches = student.match_anchors()
-            own, others = student.anchor_logits, teacher.anchor_logits
-            if own.shape[1] != others.shape[1]:
+            if student.num_anchors != teacher.num_anchors:
                 raise DistillError(
-                    f"The student has {own.shape[1]} anchors in this batch and the teacher {others.shape[1]}, so their "
+                    f"The student has {student.num_anchors} anchors in this batch and the teacher "
+                    f"{teacher.num_anchors}, so their "
                     "classifications cannot be compared. Give both the same anchors and levels, or switch the part off "
                     "by DISTILL.GLOBAL.RESPONSE_ON False."
                 )
             rows = [anchors for anchors, _ in matches]
-            logits = [torch.cat([x[i, row] for i, row in enumerate(rows)]) for x in (own, others)]
+            logits = [view.anchor_logits_at(rows) for view in (student, teacher)]
             parts = robustness.split([len(x) for x in boxes])
             robustness = torch.cat([part[truth] for part, (_, truth) in zip(parts, matches)])
         return response_loss(*logits, robustness, self.temperature)

@@ -52,9 +52,12 @@ class AttentionBasedFusion(nn.Module):
         """
         x = self.reduce(features)
         if self.attention is not None:
-            y = F.interpolate(coarser, size=x.shape[-2:], mode="nearest")
-            z = self.attention(torch.cat([x, y], dim=1)).sigmoid()
-            x = x * z[:, :1] + y * z[:, 1:]
+            # conv1x1([x, y]) in two halves: no copy of both, and that of y before it is upsampled
+            own, other = self.attention.weight.split(x.shape[1], 1)
+            z = F.conv2d(x, own, self.attention.bias)
+            y, z_y = (F.interpolate(t, size=x.shape[-2:], mode="nearest") for t in (coarser, F.conv2d(coarser, other)))
+            z = (z + z_y).sigmoid()
+            x = torch.addcmul(x * z[:, :1], y, z[:, 1:])
         return self.project(x), x
 
 

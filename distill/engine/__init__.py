@@ -2,7 +2,6 @@
 
 from .checkpoints import agreed_checkpoint
 from .launch import launch
-from .precision import amp_dtype
 from .trainer import Trainer
 
-__all__ = ["Trainer", "agreed_checkpoint", "amp_dtype", "launch"]
+__all__ = ["Trainer", "agreed_checkpoint", "launch"]

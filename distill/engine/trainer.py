@@ -28,12 +28,13 @@ from ..errors import DistillError
 from ..modeling import DistillationModel
 from ..modeling.backbones import freeze_unused_levels
 from ..modeling.checkpoint import describe_weights
+from ..modeling.precision import amp_dtype, keep_coordinates
 from ..modeling.timm_weights import check_backbone
 from ..recipes import Recipe, as_recipe
 from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
 from .hooks import CheckGradients, DrawDenseDetections
 from .launch import ddp_device_ids
-from .precision import MixedPrecisionTrainer, amp_dtype, keep_coordinates
+from .precision import MixedPrecisionTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,13 @@ class Trainer(TrainerBase):
         self.cfg = cfg = self.recipe.cfg
         self.last_step: int | None = None  # the last that was done, counted from 0
         model = self.build_model(self.recipe)
-        sides = [model.student, model.teacher.model] if isinstance(model, DistillationModel) else [model]
+        student = model.student if isinstance(model, DistillationModel) else model
         optimizer, loader = self.recipe.build_optimizer(model), self.build_train_loader()
         # Detectron2 takes the local rank for DDP's device: wrong on the CPU, and where each process sees one GPU alone
         model = create_ddp_model(model, device_ids=ddp_device_ids(cfg.MODEL.DEVICE), **self.recipe.ddp_settings)
         device, dtype = torch.device(cfg.MODEL.DEVICE), amp_dtype(cfg)
         if dtype == torch.bfloat16:
-            for side in sides:
-                keep_coordinates(side)
+            keep_coordinates(student)
         if dtype is None:
             self._trainer = SimpleTrainer(model, loader, optimizer)
         else:

@@ -62,7 +62,7 @@ def box_mask(boxes: Sequence[Tensor], values: Sequence[Tensor], size: tuple[int,
 
     Args:
         boxes: for each image a ``Tensor[M, 4]``, corners in pixels.
-        values: for each image a ``Tensor[M]``, not negative.
+        values: for each image a ``Tensor[M]``; a box with -1 is left out, other values are not negative.
         size: height and width of the level, in cells.
         stride: of the level, in pixels.
 
@@ -135,13 +135,16 @@ def prototype_robustness(
 
 
 @in_float32
-def global_knowledge_loss(student_similarity: Tensor, teacher_similarity: Tensor, robustness: Tensor) -> Tensor:
+def global_knowledge_loss(
+    student_similarity: Tensor, teacher_similarity: Tensor, robustness: Tensor, known: Tensor | None = None
+) -> Tensor:
     """Smooth l1 distance (β = 1, mean) of both sides' cosines, both times the instance's robustness.
 
     Args:
         student_similarity: ``Tensor[N, P]``.
         teacher_similarity: ``Tensor[N, P]``.
         robustness: ``Tensor[N]``.
+        known: ``BoolTensor[N]``, which instances count; by default all.
 
     Returns:
         ``Tensor[]``, a scalar; 0 where there is nothing to compare.
@@ -149,7 +152,12 @@ def global_knowledge_loss(student_similarity: Tensor, teacher_similarity: Tensor
     if not student_similarity.numel():
         return student_similarity.sum()
     weight = robustness[:, None]
-    return F.smooth_l1_loss(student_similarity * weight, teacher_similarity * weight)
+    if known is None:
+        return F.smooth_l1_loss(student_similarity * weight, teacher_similarity * weight)
+    # products instead of indexing, whose result has a size that the host would wait for
+    counted = known[:, None].to(weight.dtype)
+    distance = F.smooth_l1_loss(student_similarity * weight, teacher_similarity * weight, reduction="none")
+    return (distance * counted).sum() / (counted.sum() * distance.shape[1]).clamp(min=1)
 
 
 @in_float32

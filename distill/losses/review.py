@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from .precision import in_float32
@@ -36,11 +36,28 @@ def hierarchical_context_loss(
         # Pooling is linear: the difference of the pooled maps is the pooled difference.
         difference = student_level - teacher_level
         loss, weight, weights = difference.square().mean(), 1.0, 1.0
-        for size in pool_sizes:
-            if size >= difference.shape[-2]:
-                continue
+        sizes = [size for size in pool_sizes if size < difference.shape[-2]]
+        for pooled in _pool(difference, sizes):
             weight /= 2
-            loss = loss + weight * F.adaptive_avg_pool2d(difference, size).square().mean()
+            loss = loss + weight * pooled.square().mean()
             weights += weight
         total = total + loss / weights
     return total
+
+
+def _pool(maps: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Adaptive average pooling to all sizes at once, by one matrix product over columns and one over rows: torch's own
+    pooling works on one output cell after the other."""
+    if not sizes:
+        return []
+    rows, columns = (torch.cat([_pooling_matrix(length, size, maps) for size in sizes]) for length in maps.shape[-2:])
+    blocks = (rows @ (maps @ columns.T)).split(list(sizes), -2)
+    return [block.split(list(sizes), -1)[index] for index, block in enumerate(blocks)]
+
+
+def _pooling_matrix(length: int, size: int, like: Tensor) -> Tensor:
+    """``Tensor[size, length]``: output i is the mean of the cells from floor(i L / s) to ceil((i + 1) L / s)."""
+    cells, outputs = torch.arange(length, device=like.device), torch.arange(size, device=like.device)[:, None]
+    first, end = outputs * length // size, ((outputs + 1) * length + size - 1) // size
+    inside = ((cells >= first) & (cells < end)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)

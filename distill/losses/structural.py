@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .mean_similarity import filter_maps, mean_similarity
 from .precision import in_float32
 from .pyramid import check_pyramids
 
@@ -131,29 +131,41 @@ def structural_loss(
     check_pyramids(student, teacher)
     losses = []
     for x, y in zip(student, teacher):
-        x, y, data_range = _to_one_scale(x, y, scale)
-        similarity = structural_similarity(x, y, window_size, sigma, data_range, k1, k2, exponents)
-        losses.append((1 - similarity.mean()) / 2)
+        scales, data_range = _common_scale(x, y, scale)
+        if tuple(exponents) == (1.0, 1.0, 1.0) and not y.requires_grad:
+            window = _gaussian_window(x, y, window_size, sigma)
+            constants = _constants(x, data_range.expand_as(scales[0][0]), k1, k2)
+            similarity = mean_similarity(x, y, *scales, window, *constants)
+        else:
+            x, y = ((side - low) / spread for side, (low, spread) in zip((x, y), scales))
+            similarity = structural_similarity(x, y, window_size, sigma, data_range, k1, k2, exponents).mean()
+        losses.append((1 - similarity) / 2)
     return torch.stack(losses).sum()
 
 
-def _to_one_scale(x: Tensor, y: Tensor, scale: str) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Both maps on one scale, that of the second unless each has its own, and the range of the values there."""
+def _common_scale(
+    x: Tensor, y: Tensor, scale: str
+) -> tuple[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor]:
+    """What each map is to be shifted and divided by, ``Tensor[1, 1, 1, 1]`` or ``Tensor[1, C, 1, 1]``, and the range of
+    the values then. It is that of the second map, unless each has its own."""
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}")
     if scale == "standard":
         mean, low, high = (f(y, (0, 2, 3), keepdim=True) for f in (torch.mean, torch.amin, torch.amax))
         deviation = _at_least_tiny((y - mean).square().mean((0, 2, 3), keepdim=True).sqrt(), mean)
-        return (x - mean) / deviation, (y - mean) / deviation, _at_least_tiny(high - low, mean) / deviation
+        own = mean, deviation
+        return (own, own), _at_least_tiny(high - low, mean) / deviation
+    one = y.new_ones(1, 1, 1, 1)
     if scale == "own_minmax":
-        sides = [(side, *side.aminmax()) for side in (x, y)]
-        x, y = ((side - low) / _at_least_tiny(high - low, high) for side, low, high in sides)
-        return x, y, 1.0
-    low, high = y.aminmax()
-    spread = _at_least_tiny(high - low, high)
-    if scale == "none":
-        return x, y, spread
-    return (x - low) / spread, (y - low) / spread, 1.0
+        return (_extent(x), _extent(y)), one
+    own = _extent(y)
+    return ((own, own), one) if scale == "minmax" else (((torch.zeros_like(one), one),) * 2, own[1])
+
+
+def _extent(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimum of a map over the batch, and how far its maximum is from it."""
+    low, high = (value.view(1, 1, 1, 1) for value in x.aminmax())
+    return low, _at_least_tiny(high - low, high)
 
 
 def _at_least_tiny(spread: Tensor, values: Tensor) -> Tensor:
@@ -185,12 +197,9 @@ def _luminance(mean_x: Tensor, mean_y: Tensor, c1: float | Tensor) -> Tensor:
 
 
 def _filter(maps: Sequence[Tensor], window: Tensor) -> tuple[Tensor, ...]:
-    """Weighted means of each map under the window, which slides over rows, then over columns."""
-    channels = maps[0].shape[1]
-    kernel = window.expand(channels, 1, 1, -1)
+    """Weighted means of each map under the window."""
     # one by one: stacking them would copy them all
-    rows = (F.conv2d(x, kernel, groups=channels) for x in maps)
-    return tuple(F.conv2d(x, kernel.transpose(2, 3), groups=channels) for x in rows)
+    return tuple(filter_maps(x.flatten(0, 1), window).unflatten(0, x.shape[:2]) for x in maps)
 
 
 def _constants(x: Tensor, data_range: float | Tensor, k1: float, k2: float) -> tuple[float | Tensor, float | Tensor]:

@@ -18,9 +18,10 @@ from .backbones import freeze_unused_levels
 from .checkpoint import describe_weights
 from .inherit import inheritable_weights
 from .loss_weights import LossWeights
+from .precision import autocast, autocast_dtype
 from .scaling import Scaling, build_scaling
 from .teacher import Teacher, build_teacher, check_detector, square_size
-from .views import DetectorView, FeatureTap, align
+from .views import DetectorView, FeatureTap, MethodTap, align
 from .wrapper import Wrapper, rename_state
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ class DistillationModel(Wrapper):
         parts = {name: getattr(student, name, None) for name in ("roi_heads", "head")}
         predictor = getattr(parts["roi_heads"], "box_predictor", None)
         parts["box_predictor"] = predictor[0] if isinstance(predictor, (nn.ModuleList, list)) else predictor
-        self._head_taps = {name: FeatureTap(part) for name, part in parts.items() if part is not None}
+        self._taps = {name: FeatureTap(part) for name, part in parts.items() if part is not None}
+        if hasattr(student, "label_anchors"):
+            self._taps["label_anchors"] = MethodTap(student, "label_anchors")
         rename_state(self, [("distillers.", "distillers."), ("student.", "")])
         self.to(student.device)  # distillers and teacher too
 
@@ -136,21 +139,24 @@ class DistillationModel(Wrapper):
         if not self.training:
             return self.student(batched_inputs)
         self._check_sizes(batched_inputs)
+        batched_inputs = _on_device(batched_inputs, self.student.device)
         teacher = self.teacher.view(batched_inputs)
         if self.distillers:
             teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
         detection = dict(self.student(self._scaling.batch(batched_inputs, self.student.device)))
         record = self._tap.take()
-        outputs = {name: tap.take()[1] for name, tap in self._head_taps.items() if tap.has_record}
-        student = self._student_view(batched_inputs, lambda: record, frozen=False, outputs=outputs)
+        outputs = {name: tap.take()[1] for name, tap in self._taps.items() if tap.has_record}
+        student = self._student_view(batched_inputs, lambda: self._given(record), frozen=False, outputs=outputs)
         if self.distillers:
             align(student, teacher)
         distilled: dict[str, dict[str, Tensor]] = {}
         taken = set(detection)
         for name, distiller in self.distillers.items():
-            distilled[name] = _checked(name, distiller(student, teacher), taken)
+            with autocast(self.student.device, self.teacher.dtype):
+                own = distiller(student, teacher)
+            distilled[name] = _checked(name, own, taken)
             taken |= distilled[name].keys()
-        for tap in self._head_taps.values():  # a distiller that ran a head of the student's left a record, too
+        for tap in self._taps.values():  # a distiller that ran a head of the student's left a record, too
             tap.forget()
         losses = dict(detection)
         if distilled:
@@ -158,6 +164,13 @@ class DistillationModel(Wrapper):
             for name, own in distilled.items():
                 losses.update({key: loss * weights[name][key] for key, loss in own.items()})
         return losses
+
+    def _given(self, record: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the distillers are given of the student, in float32 where they compute in it."""
+        images, features = record
+        if self.teacher.dtype == torch.float32:
+            features = {name: level.float() if _is_half(level) else level for name, level in features.items()}
+        return images, features
 
     def _check_sizes(self, batched_inputs: list[dict]) -> None:
         square = square_size(self.student.backbone)
@@ -193,7 +206,8 @@ class DistillationModel(Wrapper):
         return inheritable_weights(self.student, self.teacher.model, self._inherit, self._scaling.scale)
 
     def _student_view(self, *args: Any, **settings: Any) -> DetectorView:
-        return DetectorView(self.student, *args, **settings, scaling=self._scaling, levels=self._levels)
+        dtype = autocast_dtype(self.student.device)
+        return DetectorView(self.student, *args, **settings, scaling=self._scaling, levels=self._levels, dtype=dtype)
 
     def start(self) -> None:
         """What a run begins with, after weights are loaded and unless it is resumed: the distillers forget other runs,
@@ -210,6 +224,16 @@ class DistillationModel(Wrapper):
         for key, value in weights.items():  # not load_state_dict, which resets the FrozenBN that it is not given
             own[key].copy_(value)
         logger.info(f"The student inherits {len(weights)} weights from the teacher, under {', '.join(self._inherit)}")
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _on_device(batched_inputs: list[dict], device: torch.device) -> list[dict]:
+    """The batch with images and annotations where the student and the teacher want them, moved once for both."""
+    moved = [{**x, "image": x["image"].to(device, non_blocking=True)} for x in batched_inputs]
+    return [{**x, "instances": x["instances"].to(device)} if "instances" in x else x for x in moved]
 
 
 def _checked(name: str, result: Any, taken: set[str]) -> dict[str, Tensor]:
@@ -229,7 +253,7 @@ def _checked(name: str, result: Any, taken: set[str]) -> dict[str, Tensor]:
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
             raise DistillError(f"{name}'s loss {key!r} has {shape}: expected a scalar tensor.")
-        if loss.dtype in (torch.float16, torch.bfloat16):
+        if _is_half(loss):
             raise DistillError(
                 f"{name}'s loss {key!r} is {loss.dtype}: compute it in float32, by decorating its formula with "
                 "distill.losses.in_float32."

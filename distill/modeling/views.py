@@ -1,36 +1,33 @@
 """What a distiller may see of a detector for one batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..errors import DistillError
+from .precision import autocast
 from .scaling import Scaling
 
 
-class FeatureTap:
-    """Records, by a forward hook, what a module was last given and returned while it trained.
+class _Tap:
+    """What something was last given and returned while its module trained. In evaluation nobody takes the record, so it
+    would only hold memory."""
 
-    Args:
-        module: any module. It is not changed.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self) -> None:
         self._record: tuple[Any, Any] | None = None
-        module.register_forward_hook(self._hook)
-
-    def _hook(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if module.training:  # in evaluation nobody takes the record, so it would only hold memory
-            self._record = (args[0], output)
 
     @property
     def has_record(self) -> bool:
-        """Whether the module ran since the last :meth:`take`."""
+        """Whether it ran since the last :meth:`take`."""
         return self._record is not None
 
     def take(self) -> tuple[Any, Any]:
@@ -45,6 +42,42 @@ class FeatureTap:
         self._record = None
 
 
+class FeatureTap(_Tap):
+    """Records, by a forward hook, what a module was last given and returned while it trained.
+
+    Args:
+        module: any module. It is not changed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        module.register_forward_hook(self._hook)
+
+    def _hook(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if module.training:
+            self._record = (args[0], output)
+
+
+class MethodTap(_Tap):
+    """Records what a method of a module was last given and returned while the module trained.
+
+    Args:
+        owner: any module. Its method is replaced by one that does the same.
+        name: of the method.
+    """
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self._owner, self._method = owner, getattr(owner, name)
+        setattr(owner, name, self._call)  # a bound method, so that a copy of the module has a tap of its own
+
+    def _call(self, *args: Any) -> Any:
+        output = self._method(*args)
+        if self._owner.training:
+            self._record = (args[0], output)
+        return output
+
+
 class DetectorView:
     """One detector's intermediate results on one batch. Whatever costs is computed when it is first asked for.
 
@@ -57,9 +90,10 @@ class DetectorView:
         compute_features: returns the padded, normalised images and the features by level.
         frozen: whether the detector is a teacher, all of whose results come without gradient.
         outputs: what modules of the detector returned in this step, by their names ("roi_heads", "box_predictor",
-            "head").
+            "head", "label_anchors").
         scaling: at which size the detector sees the images. Whatever the view shows is in pixels of the whole images.
         levels: the names that the view has for the detector's levels, see :meth:`Scaling.levels`. By default their own.
+        dtype: what the detector computes in; None leaves that to autocast outside.
 
     Attributes:
         strides: stride of each level, in pixels.
@@ -75,7 +109,9 @@ class DetectorView:
         outputs: Mapping[str, Any] | None = None,
         scaling: Scaling | None = None,
         levels: Mapping[str, str] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        self._dtype = dtype
         self._detector = detector
         self._batched_inputs = batched_inputs
         self._compute_features = compute_features
@@ -90,9 +126,16 @@ class DetectorView:
         self.image_sizes: list[tuple[int, int]] = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
         self._shown: dict[str, tuple[int, int]] = {}  # height and width by level, where there is more to it
 
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """How the detector is run: in its own precision, a teacher without gradient."""
+        with_gradient = torch.is_grad_enabled() and not self._frozen
+        with torch.set_grad_enabled(with_gradient), autocast(self._detector.device, self._dtype):
+            yield
+
     @cached_property
     def _images_and_features(self) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+        with self._running():
             return self._compute_features()
 
     @property
@@ -158,6 +201,27 @@ class DetectorView:
             )
         return self._outputs[name]
 
+    @cached_property
+    def _anchor_logits(self) -> list[Tensor]:
+        """What a dense detector says of the cells that the view shows, ``Tensor[N, A K, H, W]`` by level."""
+        if not hasattr(self._detector, "head_in_features"):
+            raise DistillError(
+                f"{type(self._detector).__name__} has no anchors with classes: RetinaNet and FCOS have. Student and "
+                "teacher must be of one family to compare them."
+            )
+        output = self._outputs.get("head")
+        if output:
+            logits = output[0]
+        else:
+            with self._running():
+                logits = _class_logits(self._detector.head, self._head_features)
+        return [_crop(x, *self._cells(own)) for x, own in zip(logits, self._detector.head_in_features)]
+
+    @property
+    def num_anchors(self) -> int:
+        """How many anchors (or points) a dense detector has in the cells of an image that the view shows."""
+        return sum(x[0].numel() // self.num_classes for x in self._anchor_logits)
+
     @property
     def anchor_logits(self) -> Tensor:
         """Classification logits of a dense detector at its anchors (or points) in the cells that the view shows,
@@ -166,16 +230,34 @@ class DetectorView:
         Raises:
             DistillError: the detector is none.
         """
-        if not hasattr(self._detector, "head_in_features"):
-            raise DistillError(
-                f"{type(self._detector).__name__} has no anchors with classes: RetinaNet and FCOS have. Student and "
-                "teacher must be of one family to compare them."
-            )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
-            output = self._outputs.get("head") or self._detector.head(self._head_features)
-            classes = self._detector.num_classes
-            shown = [_crop(x, *self._cells(own)) for x, own in zip(output[0], self._detector.head_in_features)]
-            return torch.cat([permute_to_N_HWA_K(level, classes) for level in shown], 1)
+        return torch.cat([permute_to_N_HWA_K(x, self.num_classes) for x in self._anchor_logits], 1)
+
+    def anchor_logits_at(self, rows: Sequence[Tensor]) -> Tensor:
+        """Some of :attr:`anchor_logits`; the others are not copied.
+
+        Args:
+            rows: for each image a ``LongTensor[P]``.
+
+        Returns:
+            ``Tensor[P', K]``, P' counting the rows of all images.
+
+        Raises:
+            DistillError: the detector has no anchors with classes.
+        """
+        images = torch.cat([torch.full_like(own, index) for index, own in enumerate(rows)])
+        wanted = torch.cat(list(rows))
+        found, first = None, 0
+        for level in self._anchor_logits:
+            height, width = level.shape[2:]
+            by_anchor = level.unflatten(1, (-1, self.num_classes))
+            number = by_anchor.shape[1] * height * width
+            inside = (wanted >= first) & (wanted < first + number)
+            here = (wanted - first).clamp(0, number - 1)  # what is elsewhere is thrown away: no wait for the GPU
+            cell, anchor = here // by_anchor.shape[1], here % by_anchor.shape[1]
+            own = by_anchor[images, anchor, :, cell // width, cell % width]
+            found = own if found is None else torch.where(inside[:, None], own, found)
+            first += number
+        return found
 
     @torch.no_grad()
     def match_anchors(self) -> list[tuple[Tensor, Tensor]]:
@@ -186,12 +268,14 @@ class DetectorView:
             each, ``LongTensor[P]``, rows of the image's :attr:`ground_truth`.
         """
         detector = self._detector
-        anchors = detector.anchor_generator(self._head_features)
-        is_shown = self._shown_anchors(anchors)
-        new_rows = is_shown.cumsum(0) - 1
         truths = [self._scaling.instances(x) for x in self.ground_truth]
+        assigned = self._outputs.get("label_anchors")  # the detector has just done it for its own losses
+        if not assigned:
+            assigned = detector.label_anchors(detector.anchor_generator(self._head_features), truths)
+        is_shown = self._shown_anchors(len(assigned[0][0]))
+        new_rows = is_shown.cumsum(0) - 1
         matches = []
-        for labels, boxes, truth in zip(*detector.label_anchors(anchors, truths), truths):
+        for labels, boxes, truth in zip(*assigned, truths):
             positive = ((labels >= 0) & (labels < detector.num_classes) & is_shown).nonzero()[:, 0]
             matched = boxes[positive]
             matched = matched.tensor if isinstance(matched, Boxes) else matched
@@ -200,14 +284,16 @@ class DetectorView:
             matches.append((new_rows[positive], same.int().argmax(1) if len(truth) else positive))
         return matches
 
-    def _shown_anchors(self, anchors: Sequence[Boxes]) -> Tensor:
-        """``BoolTensor[R']``: which of all anchors lie in the cells that the view shows."""
+    def _shown_anchors(self, number: int) -> Tensor:
+        """``BoolTensor[R']``: which of all so many anchors lie in the cells that the view shows."""
+        levels = self._detector.head_in_features
+        per_cell = number // sum(math.prod(self._own_size(own)) for own in levels)
         shown = []
-        for own, level in zip(self._detector.head_in_features, anchors):
-            size, kept = self._own_size(own), self._cells(own)
-            cells = torch.zeros(size, dtype=torch.bool, device=self._detector.device)
+        for own in levels:
+            kept = self._cells(own)
+            cells = torch.zeros(self._own_size(own), dtype=torch.bool, device=self._detector.device)
             cells[: kept[0], : kept[1]] = True
-            shown.append(cells.flatten().repeat_interleave(len(level) // cells.numel()))
+            shown.append(cells.flatten().repeat_interleave(per_cell))
         return torch.cat(shown)
 
     @property
@@ -238,7 +324,7 @@ class DetectorView:
             module[0] if isinstance(module, (nn.ModuleList, list)) else module
             for module in (heads.box_head, heads.box_predictor)
         )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+        with self._running():
             features = [self._own_features[level] for level in heads.box_in_features]
             pooled = heads.box_pooler(features, self._scaling.boxes(boxes))
             return box_predictor(box_head(pooled))
@@ -256,6 +342,13 @@ def align(student: DetectorView, teacher: DetectorView) -> None:
     # sizes, for views that held each other would live, features and all, until Python looks for such cycles
     sizes = {name: (min(x[name][0] for x in sides), min(x[name][1] for x in sides)) for name in shared}
     student._shown = teacher._shown = sizes
+
+
+def _class_logits(head: nn.Module, features: list[Tensor]) -> list[Tensor]:
+    """The classification of a dense detector's head alone, where the head is one of Detectron2's own."""
+    if type(head) is RetinaNetHead or type(head) is FCOSHead:
+        return [head.cls_score(head.cls_subnet(level)) for level in features]
+    return head(features)[0]
 
 
 def _crop(features: Tensor, height: int, width: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Where the prototypes of all classes and levels are kept."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -57,6 +58,7 @@ class PrototypeBank(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.num_prototypes = num_prototypes
+        self._known_numbers: dict[str, int] | None = None
         self.register_buffer("searches", torch.tensor(0))
         self.levels = nn.ModuleDict(
             {
@@ -77,14 +79,24 @@ class PrototypeBank(nn.Module):
             Features in the student's space, ``Tensor[P, Ds]``, in the teacher's, ``Tensor[P, Dt]``, and classes,
             ``LongTensor[P]``.
         """
-        kept = self.levels[level]
-        there = kept.labels >= 0
-        return kept.student[there], kept.teacher[there], kept.labels[there]
+        kept, number = self.levels[level], self._numbers()[level]
+        return kept.student[:number], kept.teacher[:number], kept.labels[:number]
 
     @property
     def is_empty(self) -> bool:
         """Whether no class has a prototype at any level: none were searched or found, or a checkpoint's did not fit."""
-        return not any((kept.labels >= 0).any() for kept in self.levels.values())
+        return not any(self._numbers().values())
+
+    def _numbers(self) -> dict[str, int]:
+        """How many prototypes there are, by level; they come first. Kept, for to ask the GPU is to wait for it."""
+        if self._known_numbers is None:
+            counts = torch.stack([(kept.labels >= 0).sum() for kept in self.levels.values()]).tolist()
+            self._known_numbers = dict(zip(self.levels, counts))
+        return self._known_numbers
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._known_numbers = None
 
     def clear(self) -> None:
         """Forgets all prototypes, and that they were searched."""
@@ -92,6 +104,7 @@ class PrototypeBank(nn.Module):
             kept.labels.fill_(-1)
             kept.images.fill_(-1)
         self.searches.zero_()
+        self._known_numbers = None
 
     def replace(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Puts new prototypes in the place of all that there are.
@@ -105,3 +118,4 @@ class PrototypeBank(nn.Module):
             for name, values in found[level].items():
                 getattr(kept, name)[: len(values)] = values.to(kept.labels.device)
         self.searches += 1
+        self._known_numbers = None

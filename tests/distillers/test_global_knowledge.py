@@ -130,7 +130,7 @@ def test_parts_equal_the_literal_formulas_on_the_ground_truth(tmp_path, kind):
 def test_a_head_that_a_distiller_ran_holds_no_graph(tmp_path):
     model = build_pair(tmp_path, **{"DISTILL.GLOBAL.INSTANCES": "ground_truth"})
     losses_of(model, random_batch(*SIZES))
-    assert not any(tap.has_record for tap in model._head_taps.values())
+    assert not any(tap.has_record for tap in model._taps.values())
 
 
 def test_the_adaptation_starts_as_torch_initialises_it(tmp_path):

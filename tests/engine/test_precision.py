@@ -8,8 +8,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from distill.engine import Trainer
-from distill.engine.precision import MixedPrecisionTrainer, amp_dtype, keep_coordinates
+from distill.engine.precision import MixedPrecisionTrainer
 from distill.errors import DistillError
+from distill.modeling.precision import amp_dtype, keep_coordinates
 from tests.helpers import DETECTORS, detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
 
 AMP = {"SOLVER.AMP.ENABLED": True}

@@ -38,6 +38,7 @@ def test_a_distillers_hooks_run_with_the_trainer(tmp_path, monkeypatch):
         write_teacher(tmp_path, detector_cfg("faster_rcnn")),
     )
     trainer = OneBatchTrainer(cfg)
+    trainer.model.teacher.view(random_batch((64, 96))).features  # noqa: B018  folds its norms
     before = {k: v.clone() for k, v in trainer.model.teacher.model.state_dict().items()}
     trainer.resume_or_load(resume=False)
     trainer.train()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity as skimage_similarity
 
-from distill.losses import structural_loss, structural_similarity, structural_similarity_terms
+from distill.losses import mean_similarity, structural_loss, structural_similarity, structural_similarity_terms
 from distill.losses.structural import SCALES
 
 
@@ -171,6 +171,49 @@ def test_loss_equals_the_literal_formula(scale):
     student, teacher = zip(*pairs)
     loss = structural_loss([torch.from_numpy(x) for x in student], [torch.from_numpy(x) for x in teacher], scale)
     assert loss.item() == pytest.approx(literal_loss(student, teacher, scale), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 300, 2**24])
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_losss_own_backward_pass_is_that_of_its_formula(scale, chunk, monkeypatch):
+    monkeypatch.setitem(mean_similarity._CHUNK, "cpu", chunk)  # all at once, or map by map
+    rng = np.random.default_rng()
+    pairs = [
+        [torch.from_numpy(4 * a - rng.normal()) for a in random_maps(2, 3, *s)] for s in ((14, 20), (6, 7), (1, 3))
+    ]
+    student, teacher = zip(*pairs)
+    student = [x.requires_grad_() for x in student]
+    others = [y.clone().requires_grad_() for y in teacher]  # which the function refuses: autograd follows the formula
+    loss, expected = structural_loss(student, teacher, scale), structural_loss(student, others, scale)
+    assert "MeanSimilarity" in _names(loss.grad_fn) and "MeanSimilarity" not in _names(expected.grad_fn)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    got, wanted = (torch.autograd.grad(3 * x, student, retain_graph=True) for x in (loss, expected))
+    for ours, theirs in zip(got, wanted):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+    again = torch.autograd.grad(loss, student)  # the graph was kept
+    torch.testing.assert_close(again[0] * 3, got[0])
+
+
+def _names(node):
+    """The names of all nodes of a graph."""
+    if node is None:
+        return ""
+    return node.name() + "".join(_names(other) for other, _ in node.next_functions)
+
+
+def test_the_loss_keeps_one_map_for_its_backward_pass():
+    x, y = (torch.from_numpy(a).float() for a in random_maps(2, 4, 32, 40))
+    x.requires_grad_()
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        structural_loss([x], [y], "own_minmax")
+    kept.pop(x.untyped_storage().data_ptr(), None)  # which is there in any case
+    assert sum(kept.values()) < 1.2 * x.nbytes
 
 
 def test_refuses_what_it_cannot_compare():

@@ -32,17 +32,17 @@ from tests.modeling.fake_cuda import COPY, CudaTensor, fake_cuda, to_cuda
 # that may only go down: lower them when a change needs less.
 MOST_RESULTS = {
     ("faster_rcnn", False): 51,
-    ("faster_rcnn", True): 115,
+    ("faster_rcnn", True): 58,
     ("retinanet", False): 11,
-    ("retinanet", True): 67,
+    ("retinanet", True): 13,
 }
 # Later versions of Detectron2 make the grids of the anchors on the CPU: two copies a level, each time
 LATER = hasattr(detectron2.layers, "move_device_like")
 MOST_COPIES = {
     ("faster_rcnn", False): 19 if LATER else 9,
-    ("faster_rcnn", True): 22 if LATER else 12,
+    ("faster_rcnn", True): 18 if LATER else 8,
     ("retinanet", False): 16 if LATER else 6,
-    ("retinanet", True): 32 if LATER else 12,
+    ("retinanet", True): 14 if LATER else 4,
 }
 
 SIZES = [(64, 96), (61, 75)]
