@@ -8,18 +8,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # How many values are worked on at once: on the CPU what fits into its cache, on a GPU what keeps it busy
-_CHUNK = {"cpu": 2**17}
+_CHUNK = {"cpu": 2**20}
 _CHUNK_ELSEWHERE = 2**24
+
+Scale = tuple[Tensor, Tensor]
 
 
 def mean_similarity(
-    x: Tensor,
-    y: Tensor,
-    x_scale: tuple[Tensor, Tensor],
-    y_scale: tuple[Tensor, Tensor],
-    window: Tensor,
-    c1: Tensor,
-    c2: Tensor,
+    x: Tensor, y: Tensor, x_scale: Scale, y_scale: Scale, window: Tensor, c1: Tensor, c2: Tensor, own_extent: bool
 ) -> Tensor:
     """Mean over channels and windows of the structural similarity of two stacks of maps, each shifted and scaled first.
 
@@ -30,50 +26,56 @@ def mean_similarity(
     Args:
         x: ``Tensor[N, C, H, W]``, with a gradient.
         y: a tensor of the same shape, without.
-        x_scale: low and spread of x, ``Tensor[1, 1, 1, 1]`` or ``Tensor[1, C, 1, 1]``, with a gradient.
-        y_scale: the same of y, without.
+        x_scale: low and spread of x, ``Tensor[1, 1, 1, 1]`` or ``Tensor[1, C, 1, 1]``.
+        y_scale: the same of y.
         window: ``Tensor[w]``, the weights of the window's rows and columns.
-        c1: keeps the luminance's quotient stable, shaped as ``x_scale``.
+        c1: keeps the luminance's quotient stable, shaped as the scales.
         c2: keeps the other quotient stable, shaped alike.
+        own_extent: whether x's scale is its own minimum and range over the whole stack. The gradient flows through
+            both of them then; otherwise scales are constants to it.
 
     Returns:
         ``Tensor[]``, a scalar.
     """
-    return _MeanSimilarity.apply(x, *x_scale, y, *y_scale, window, c1, c2)
+    return _MeanSimilarity.apply(x, y, *x_scale, *y_scale, window, c1, c2, own_extent)
 
 
 class _MeanSimilarity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Tensor, spread: Tensor, y: Tensor, *constants: Tensor) -> Tensor:
-        y_low, y_spread, window, c1, c2 = constants
+    def forward(ctx: Any, x: Tensor, y: Tensor, *settings: Any) -> Tensor:
+        *scales, window, c1, c2, own_extent = settings
         num_maps, (height, width) = x.shape[0] * x.shape[1], x.shape[2:]
         # a row for each map, whatever the scales are shared by
-        rows = [t.expand(*x.shape[:2], 1, 1).reshape(num_maps, 1, 1) for t in (low, spread, y_low, y_spread, c1, c2)]
-        maps = [t.reshape(num_maps, height, width) for t in (x, y)]
-        gradient = torch.empty_like(maps[0]) if any(ctx.needs_input_grad[:3]) else None
+        rows = [t.expand(*x.shape[:2], 1, 1).reshape(num_maps, 1, 1) for t in (*scales, c1, c2)]
+        given, target = (t.reshape(num_maps, height, width) for t in (x, y))
+        gradient = torch.empty_like(given) if ctx.needs_input_grad[0] else None
         step = max(1, _CHUNK.get(x.device.type, _CHUNK_ELSEWHERE) // (height * width))
         num_windows = num_maps * (height - len(window) + 1) * (width - len(window) + 1)
-        total, slopes = x.new_zeros(()), x.new_zeros(2, num_maps, 1, 1)
+        total, by_low, by_spread = x.new_zeros(3)
         for first in range(0, num_maps, step):
             here = slice(first, first + step)
             low_x, spread_x, low_y, spread_y, *stable = (t[here] for t in rows)
-            u, v = (maps[0][here] - low_x) / spread_x, (maps[1][here] - low_y) / spread_y
+            u, v = (given[here] - low_x).div_(spread_x), (target[here] - low_y).div_(spread_y)
             value, slope = _similarity(u, v, window, *stable, with_gradient=gradient is not None)
             total += value
-            if gradient is not None:
-                slope /= spread_x * num_windows
-                gradient[here] = slope
-                slopes[0, here] = -slope.sum((1, 2), keepdim=True)
-                slopes[1, here] = -(slope * u).sum((1, 2), keepdim=True)
+            if slope is not None:
+                torch.div(slope, spread_x * num_windows, out=gradient[here])
+                if own_extent:
+                    by_low -= gradient[here].sum()
+                    by_spread -= gradient[here].mul(u).sum()
         if gradient is not None:
-            by_scale = slopes.view(2, *x.shape[:2], 1, 1)
-            ctx.save_for_backward(gradient.view_as(x), *(s.sum_to_size(low.shape) for s in by_scale))
+            if own_extent:  # spread = high - low; both are single values of x
+                flat, own = gradient.view(-1), given.reshape(-1)
+                spreads = (own.amax() - own.amin() == scales[1].view(())).to(x.dtype)  # a flat map has a constant one
+                for index, slope in ((own.argmin(), by_low - by_spread * spreads), (own.argmax(), by_spread * spreads)):
+                    flat.index_add_(0, index.view(1), slope.view(1))
+            ctx.save_for_backward(gradient.view_as(x))
         return total / num_windows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(outer * gradient for gradient in ctx.saved_tensors), *[None] * 6)
+        return (outer * ctx.saved_tensors[0], *[None] * 9)
 
 
 def _similarity(
@@ -117,7 +119,17 @@ def filter_maps(maps: Tensor, window: Tensor, transposed: bool = False) -> Tenso
     Returns:
         ``Tensor[M, H - w + 1, W - w + 1]``.
     """
-    size = len(window)
-    padding = size - 1 if transposed else 0
-    rows = F.conv2d(maps[:, None], window.view(1, 1, 1, size), padding=(0, padding))
-    return F.conv2d(rows, window.view(1, 1, size, 1), padding=(padding, 0))[:, 0]
+    size, padding = len(window), len(window) - 1 if transposed else 0
+    if maps.device.type != "cpu":
+        kernel = window.expand(len(maps), 1, 1, size)
+        rows = F.conv2d(maps[None], kernel, padding=(0, padding), groups=len(maps))
+        return F.conv2d(rows, kernel.transpose(2, 3), padding=(padding, 0), groups=len(maps))[0]
+    # sums of shifted maps: torch's convolution of single channels takes twice as long on the CPU
+    if transposed:
+        maps = F.pad(maps, (padding, padding, padding, padding))
+    for dim in (2, 1):
+        length, shifted = maps.shape[dim] - size + 1, maps
+        maps = shifted.narrow(dim, 0, length) * window[0]
+        for offset in range(1, size):
+            maps = maps.add_(shifted.narrow(dim, offset, length), alpha=float(window[offset]))
+    return maps

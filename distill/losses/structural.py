@@ -135,7 +135,7 @@ def structural_loss(
         if tuple(exponents) == (1.0, 1.0, 1.0) and not y.requires_grad:
             window = _gaussian_window(x, y, window_size, sigma)
             constants = _constants(x, data_range.expand_as(scales[0][0]), k1, k2)
-            similarity = mean_similarity(x, y, *scales, window, *constants)
+            similarity = mean_similarity(x, y, *scales, window, *constants, own_extent=scale == "own_minmax")
         else:
             x, y = ((side - low) / spread for side, (low, spread) in zip((x, y), scales))
             similarity = structural_similarity(x, y, window_size, sigma, data_range, k1, k2, exponents).mean()
