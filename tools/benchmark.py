@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Step time and peak memory of a distillation config, broken down: what each part costs, and what the whole costs.
 
-    python tools/benchmark.py --config-file CONFIG [--json FILE] [--rounds N]
+    python tools/benchmark.py --config-file CONFIG [--json FILE] [--against FILE] [--rounds N]
     python tools/benchmark.py --config-file CONFIG --inference [--image-size H W]
 
 The batch is random images of the config's training size (INPUT.MIN_SIZE_TRAIN x MAX_SIZE_TRAIN, SOLVER.IMS_PER_BATCH
@@ -14,35 +14,39 @@ also at full size. Random weights detect next to nothing, so what is left out is
 """
 
 import argparse
-import contextlib
-import ctypes
 import functools
 import json
 import logging
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from fvcore.nn import FlopCountAnalysis
+from measuring import (
+    KeptMemory,
+    PeakMemory,
+    count_operators,
+    describe_times,
+    keep_freed_memory,
+    random_batch,
+    time_in_turns,
+)
 from tabulate import tabulate
 from torch import nn
 
 from distill.config import drop_backbone_weights, student_config
 from distill.distillers import build_distillers
 from distill.errors import DistillError
-from distill.modeling import DetectorView, DistillationModel, Teacher
+from distill.modeling import DetectorView, DistillationModel, Teacher, precision
 from distill.modeling.loss_weights import LossWeights
-from distill.modeling.precision import amp_dtype, keep_coordinates
+from distill.modeling.precision import amp_dtype, distill_dtype, keep_coordinates
 from distill.modeling.scaling import build_scaling
 from distill.modeling.teacher import teacher_recipe
 from distill.modeling.views import align
@@ -52,96 +56,40 @@ logger = logging.getLogger("detectron2.benchmark")
 
 FULL = "full step"
 BACKBONE = "student's backbone alone, forward and backward"
+OWN = "student's own step"
 
 
-def random_batch(cfg: CfgNode, image_size: tuple[int, int], boxes_per_image: int = 8) -> list[dict]:
-    """Random images with random boxes and masks of the first class.
+def build_model(recipe: Recipe) -> tuple[DistillationModel, Recipe]:
+    """Student, teacher and distillers with random weights.
 
     Args:
-        cfg: the full config, for the size and the number of the images.
-        image_size: height and width, where the config does not say how images are resized.
-        boxes_per_image: how many.
+        recipe: of the run.
 
     Returns:
-        A batch in Detectron2's format.
+        The model in training mode, and the teacher's recipe.
     """
-    generator = torch.Generator().manual_seed(0)
-    height, width = cfg.INPUT.MIN_SIZE_TRAIN[-1], cfg.INPUT.MAX_SIZE_TRAIN
-    if not (height and width):
-        height, width = image_size
-    batch = []
-    for _ in range(cfg.SOLVER.IMS_PER_BATCH):
-        corners = torch.rand(boxes_per_image, 2, generator=generator) * 0.6
-        extents = 0.1 + 0.3 * torch.rand(boxes_per_image, 2, generator=generator)
-        boxes = torch.cat([corners, corners + extents], 1) * torch.tensor([width, height] * 2)
-        masks = torch.zeros(boxes_per_image, height, width, dtype=torch.bool)
-        for mask, (x0, y0, x1, y1) in zip(masks, boxes.long().tolist()):
-            mask[y0:y1, x0:x1] = True
-        instances = Instances((height, width), gt_boxes=Boxes(boxes), gt_masks=BitMasks(masks))
-        instances.gt_classes = torch.zeros(boxes_per_image, dtype=torch.int64)
-        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
-    return batch
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory, as CUDA's caching allocator does.
-
-    By default it returns large blocks to the system, and getting them back costs page faults: more for the full step,
-    which holds more memory, than for its parts.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its maximum
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-class PeakMemory:
-    """Peak memory between two calls, in MiB: CUDA's allocations, or the process's resident memory on Linux, which holds
-    what the parts before have freed.
-
-    Args:
-        device: "cuda" or "cpu".
-        above_held: count only what came on top of what was held at the first call.
-    """
-
-    def __init__(self, device: str, above_held: bool = False) -> None:
-        self.cuda = device.startswith("cuda")
-        self.above_held = above_held
-        self.held = 0.0
-
-    def reset(self) -> None:
-        if self.above_held:
-            self.held = torch.cuda.memory_allocated() / 2**20 if self.cuda else self._status("VmRSS")
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with contextlib.suppress(OSError):  # some containers forbid it: the peak is then the process's own
-                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-
-    def read(self) -> float:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() / 2**20 - self.held
-        return self._status("VmHWM") - self.held
-
-    def _status(self, key: str) -> float:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{key}:\s+(\d+)", status).group(1)) / 2**10
-
-
-def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> dict[str, Callable[[], None]]:
-    """The parts of a step, and the whole, as functions to time. The size of the images counts where the config has
-    none."""
     cfg = recipe.cfg
     source = teacher_recipe(cfg)
     drop_backbone_weights(cfg)
     drop_backbone_weights(source.cfg)
     student = recipe.build_detector()
-    teacher = Teacher(source.build_detector())
+    teacher = Teacher(source.build_detector(), dtype=distill_dtype(cfg))
     scaling = build_scaling(cfg)
     levels = student.backbone.output_shape(), teacher.output_shape
     distillers = build_distillers(cfg, scaling.shape(*levels), teacher.output_shape)
-    model = DistillationModel(student=student, teacher=teacher, distillers=distillers, scaling=scaling).train()
+    return DistillationModel(student=student, teacher=teacher, distillers=distillers, scaling=scaling).train(), source
+
+
+def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
+    """The parts of a step, and the whole, as functions to time. The size of the images counts where the config has
+    none.
+
+    Returns:
+        The functions, and of each distiller's what it keeps for its backward pass, in MiB.
+    """
+    cfg = recipe.cfg
+    model, source = build_model(recipe)
+    student, teacher, distillers, scaling = model.student, model.teacher, model.distillers, model._scaling
     batch = random_batch(cfg, image_size)
     own_batch = scaling.batch(batch)
     own_optimizer, optimizer = recipe.build_optimizer(student), recipe.build_optimizer(model)
@@ -150,8 +98,7 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> dict[str, Callab
 
     dtype = amp_dtype(cfg)
     if dtype == torch.bfloat16:
-        for side in (student, teacher.model):
-            keep_coordinates(side)
+        keep_coordinates(student)
 
     def autocast() -> torch.autocast:
         return torch.autocast(torch.device(cfg.MODEL.DEVICE).type, dtype, enabled=dtype is not None)
@@ -173,15 +120,19 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> dict[str, Callab
         student(own_batch)
         outputs = {name: tap.take()[1] for name, tap in model._taps.items()}
 
-    def distil(distiller: nn.Module) -> None:
-        leaves = {k: v.clone().requires_grad_() for k, v in own.items()}
+    kept: dict[str, float] = {}
+
+    def distil(name: str, distiller: nn.Module) -> None:
+        leaves = {k: v.detach().requires_grad_() for k, v in own.items()}
         views = (
             model._student_view(batch, lambda: (own_images, leaves), frozen=False, outputs=outputs),
-            DetectorView(teacher.model, batch, lambda: (images, record), frozen=True),
+            DetectorView(teacher.model, batch, lambda: (images, record), frozen=True, dtype=teacher.dtype),
         )
         align(*views)
-        with autocast():
+        memory = KeptMemory([*leaves.values(), *record.values(), *distiller.parameters()])
+        with autocast(), precision.autocast(student.device, teacher.dtype), memory():
             loss = sum(distiller(*views).values())
+        kept[name] = memory.mib
         loss.backward()
 
     def backbone() -> None:
@@ -190,17 +141,14 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> dict[str, Callab
         sum(level.float().sum() for level in features.values()).backward()
         model._tap.take()  # the tap holds them
 
-    def teach() -> None:
+    def teach(teacher: Teacher) -> None:
         with autocast():
             teacher.view(batch).features  # noqa: B018  computed when it is asked for
 
-    parts = {
-        BACKBONE: backbone,
-        "student's own step": lambda: step(student, own_optimizer),
-        "teacher's forward": teach,
-    }
+    parts = {BACKBONE: backbone, OWN: lambda: step(student, own_optimizer), "teacher's forward": lambda: teach(teacher)}
     for name, distiller in distillers.items():
-        parts[f"{name}, forward and backward"] = lambda distiller=distiller: distil(distiller)
+        name = f"{name}, forward and backward"
+        parts[name] = lambda name=name, distiller=distiller: distil(name, distiller)
     parts[FULL] = lambda: step(model, optimizer)
 
     measuring = LossWeights(distillers, period=1)  # what it checks in its first step, it checks while warming up
@@ -211,63 +159,70 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> dict[str, Callab
         model._loss_weights = own
 
     parts[f"full step that measures gradients (every {cfg.DISTILL.GRADIENT_LOG_PERIOD} iterations)"] = measuring_step
-    return parts
+    others = ["float32", "bfloat16"] + ["float16"] * (student.device.type == "cuda")
+    for other in others:
+        detector = Teacher(source.build_detector(), dtype=getattr(torch, other))
+        parts[f"teacher's forward in {other}"] = lambda detector=detector: teach(detector)
+    return parts, kept
 
 
-def time_in_turns(
-    parts: dict[str, Callable[[], None]], rounds: int, memory: PeakMemory
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Runs the parts one after the other, round after round.
-
-    Returns:
-        For each part its time in every round, in ms, and its peak memory, in MiB.
-    """
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    peaks = dict.fromkeys(parts, 0.0)
-    started = logged = time.perf_counter()
-    for index in range(rounds + 2):  # the first two warm up
-        for name, run in parts.items():
-            memory.reset()
-            begin = time.perf_counter()
-            run()
-            if memory.cuda:
-                torch.cuda.synchronize()
-            if index >= 2:
-                times[name].append((time.perf_counter() - begin) * 1e3)
-                peaks[name] = max(peaks[name], memory.read())
-        if time.perf_counter() - logged > 10:
-            logged = time.perf_counter()
-            left = (logged - started) / (index + 1) * (rounds + 1 - index)
-            logger.info(f"round {index + 1} of {rounds + 2}, {left:.0f} s left")
-    return times, peaks
-
-
-def describe_times(times: list[float]) -> dict[str, float]:
-    """Median, minimum and maximum, as columns of a table."""
-    return {"ms": statistics.median(times), "min ms": min(times), "max ms": max(times)}
-
-
-def measure(parts: dict[str, Callable[[], None]], rounds: int, device: str) -> tuple[list[dict], float]:
+def measure(
+    parts: dict[str, Callable[[], None]], kept: dict[str, float], rounds: int, device: str
+) -> tuple[list[dict], float]:
     """Times the parts in turns.
 
+    Args:
+        parts: by name.
+        kept: what a part keeps for its backward pass, in MiB, by name; filled by running it.
+        rounds: how many.
+        device: "cuda" or "cpu".
+
     Returns:
-        A row for each part (median, minimum and maximum in ms; the median over the rounds of its time divided by the
-        backbone's; peak memory in MiB), and the median over the rounds of the full step's time divided by the sum of
-        the times of the parts that it consists of.
+        A row for each part (median, minimum and maximum in ms; the medians over the rounds of its time divided by the
+        backbone's and by the student's own step's; peak memory in MiB; what it keeps for its backward pass; what the
+        profiler counts), and the median over the rounds of the full step's time divided by the sum of the times of the
+        parts that it consists of.
     """
     times, peaks = time_in_turns(parts, rounds, PeakMemory(device))
+
+    def ratio_to(name: str, other: str) -> float:
+        return statistics.median(part / whole for part, whole in zip(times[name], times[other]))
+
     rows = [
         {
             "part": name,
             **describe_times(values),
-            "/ backbone": statistics.median(part / whole for part, whole in zip(values, times[BACKBONE])),
+            "/ backbone": ratio_to(name, BACKBONE),
+            "/ own step": ratio_to(name, OWN),
             "peak MiB": peaks[name],
+            "kept MiB": kept.get(name),
+            **count_operators(parts[name], device),
         }
         for name, values in times.items()
     ]
     _, *others = list(times.values())[: list(times).index(FULL)]
     ratio = statistics.median(whole / sum(pieces) for whole, *pieces in zip(times[FULL], *others))
     return rows, ratio
+
+
+def compare(rows: list[dict], earlier: list[dict]) -> list[dict]:
+    """Puts an earlier measurement beside the rows.
+
+    Args:
+        rows: of this one.
+        earlier: of another; its rows are found by their names.
+
+    Returns:
+        The rows, with the earlier time and peak memory, and the quotient of the times.
+    """
+    (key, *_) = rows[0]
+    known = {row[key]: row for row in earlier}
+    result = []
+    for row in rows:
+        other = known.get(row[key], {})
+        ratio = row["ms"] / other["ms"] if other else None
+        result.append({**row, "earlier ms": other.get("ms"), "earlier MiB": other.get("peak MiB"), "/ earlier": ratio})
+    return result
 
 
 def inference_recipes(recipe: Recipe) -> dict[str, Recipe]:
@@ -353,6 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--against", metavar="FILE", help="compare with what --json wrote before")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--inference", action="store_true", help="compare the detectors at inference instead of a step")
     parser.add_argument(
@@ -373,14 +329,16 @@ def main() -> None:
             if args.inference:
                 content["rows"] = measure_inference(recipe, tuple(args.image_size), args.rounds)
             else:
-                content["rows"], content["ratio"] = measure(
-                    build_parts(recipe, args.image_size), args.rounds, cfg.MODEL.DEVICE
-                )
+                parts, kept = build_parts(recipe, args.image_size)
+                content["rows"], content["ratio"] = measure(parts, kept, args.rounds, cfg.MODEL.DEVICE)
     except DistillError as error:
         sys.exit(f"error: {explain(error, args.config_file)}")
     content["device"] = torch.cuda.get_device_name() if cfg.MODEL.DEVICE.startswith("cuda") else "CPU"
-    precision = {"/ backbone": ".3f", "/ teacher": ".3f", "GFLOPs": ".2f"}
-    formats = tuple(precision.get(column, ".1f") for column in content["rows"][0])
+    if args.against:
+        earlier = json.loads(Path(args.against).read_text())
+        content["rows"] = compare(content["rows"], earlier["rows"])
+    digits = {"/ backbone": ".3f", "/ own step": ".3f", "/ teacher": ".3f", "/ earlier": ".3f", "GFLOPs": ".2f"}
+    formats = tuple(digits.get(column, ".1f") for column in content["rows"][0])
     print(tabulate(content["rows"], headers="keys", floatfmt=formats, tablefmt="pipe"))
     print(f"\n{args.rounds} rounds, {content['device']}")
     if "ratio" in content:

@@ -2,6 +2,7 @@
 """What global knowledge costs: the search for prototypes, and its losses beside a loop over boxes.
 
     python tools/benchmark_global.py [--rounds N] [--instances 8000] [--boxes 256] [--height 800] [--width 1333]
+    python tools/benchmark_global.py --search 157000 [--classes 80]    # all picks of one search, of COCO's size
 
 The losses (forward and backward, without the convolutions that adapt the student's features) are computed on random
 features of five levels of 256 channels for two images, once by the functions of ``distill.losses`` and once box by box;
@@ -9,6 +10,7 @@ both must come to the same. They run in turns.
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark import PeakMemory  # beside this file
+from measuring import PeakMemory  # beside this file
 from tabulate import tabulate
 from torch import Tensor
 
@@ -32,6 +34,7 @@ from distill.losses import (
     prototype_similarity,
 )
 from distill.prototypes import select_prototypes
+from distill.prototypes.hook import find_prototypes
 
 CHANNELS, CLASSES, PER_CLASS, STRIDES = 256, 20, 10, (4, 8, 16, 32, 64)
 
@@ -71,12 +74,8 @@ def together(batch: Batch) -> Tensor:
         robustness = prototype_robustness(*similarities, batch.labels, batch.prototype_labels)
         here = (own_level == index).split([len(x) for x in batch.boxes])
         values = robustness.split([len(x) for x in batch.boxes])
-        mask = box_mask(
-            [x[on] for x, on in zip(batch.boxes, here)],
-            [x[on] for x, on in zip(values, here)],
-            tuple(sides[0].shape[2:]),
-            stride,
-        )
+        painted = [torch.where(on, x, -1.0) for x, on in zip(values, here)]
+        mask = box_mask(batch.boxes, painted, tuple(sides[0].shape[2:]), stride)
         total = total + global_knowledge_loss(*similarities, robustness) + local_knowledge_loss(*sides, mask)
     return total
 
@@ -123,6 +122,37 @@ def time_once(run: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
     return time.perf_counter() - started, result
 
 
+def time_search(instances: int, classes: int, device: str) -> dict:
+    """Everything of one search that comes after the network: the picks of all classes at all levels, of random rows.
+
+    Args:
+        instances: how many there are, of all classes; the classes' shares fall off as 1 / rank.
+        classes: how many classes.
+        device: where to compute.
+
+    Returns:
+        A row for the table.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shares = 1 / torch.arange(1, classes + 1)
+    labels = torch.multinomial(shares, instances, replacement=True, generator=generator)
+    centres = torch.randn(classes, CHANNELS, generator=generator)
+    levels = [f"p{level}" for level in range(2, 2 + len(STRIDES))]
+    seconds, memory = 0.0, PeakMemory(device, above_held=True)
+    rest = {"labels": labels, "images": torch.zeros(instances, dtype=torch.int64), "boxes": torch.zeros(instances, 4)}
+    for level in levels:  # one after the other, as the search does
+        features = {
+            f"{side}.{level}": centres[labels] + 0.5 * torch.randn(instances, CHANNELS, generator=generator)
+            for side in ("student", "teacher")
+        }
+        if level == levels[0]:
+            memory.reset()
+        run = functools.partial(find_prototypes, {**features, **rest}, level, classes, {}, torch.device(device))
+        seconds += time_once(lambda run=run: run()["labels"], device)[0]
+    what = f"search among {instances} instances of {classes} classes at {len(levels)} levels, {CHANNELS} channels"
+    return {"what": what, "seconds": seconds, "MiB above the inputs": memory.read()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -132,7 +162,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1333)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--search", type=int, metavar="INSTANCES", help="time a whole search instead")
+    parser.add_argument("--classes", type=int, default=80, help="of --search")
     args = parser.parse_args()
+    if args.search:
+        print(tabulate([time_search(args.search, args.classes, args.device)], "keys", "pipe", floatfmt=".1f"))
+        return
 
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(40, CHANNELS, generator=generator)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..losses import box_means
 from ..modeling.distillation_model import DistillationModel
+from ..modeling.precision import amp_dtype, autocast
 from ..modeling.scaling import build_scaling
 from ..recipes import Recipe
 
@@ -71,20 +72,20 @@ class InstanceCollector:
 
     def __init__(self, recipe: Recipe, levels: Sequence[str], max_images: int, min_box_size: float) -> None:
         self._levels = list(levels)
+        self._dtype = amp_dtype(recipe.cfg)
         cfg = recipe.cfg
-        images = recipe.training_images()
-        self.num_training_images = len(images)
-        images = [{**image, "annotations": large_annotations(image, min_box_size)} for image in images]
-        chosen = choose_images(images, max_images)
-        share = sorted(chosen)[comm.get_rank() :: comm.get_world_size()]
-        records = [_slim_record(images[index], index, chosen[index]) for index in share]
+        # read and chosen once, in the main process
+        choice = _choose(recipe, max_images, min_box_size) if comm.is_main_process() else None
+        self.num_training_images, records = comm.all_gather(choice)[0]
+        records = records[comm.get_rank() :: comm.get_world_size()]
         # as large as the teacher sees them, for a student at INPUT_SCALE makes the images that it is given smaller
         mapper = recipe.build_mapper(keep_annotations=True, scale=build_scaling(cfg).factor)
         self._loader = partial(
             DataLoader,
             # serialised, so that worker processes share its memory; an empty share cannot be
             MapDataset(DatasetFromList(records) if records else records, mapper),
-            batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()),
+            # a forward pass alone takes a fraction of a step's memory for an image
+            batch_size=max(1, 4 * cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=list,
         )
@@ -114,7 +115,10 @@ class InstanceCollector:
         loader = self._loader(generator=torch.Generator().manual_seed(0))
         try:
             for batch in tqdm(loader, "prototypes", unit="batch", disable=not comm.is_main_process(), mininterval=1.0):
-                student, teacher = model.frozen_views(batch)
+                with autocast(model.student.device, self._dtype):  # as in a step
+                    student, teacher = model.frozen_views(batch)
+                    for view in (student, teacher) if first else (student,):
+                        view.images  # noqa: B018  the backbone runs
                 boxes = [x["instances"].gt_boxes.tensor for x in batch]
                 on_device = [x.to(model.student.device) for x in boxes]
                 for level in self._levels:
@@ -135,6 +139,14 @@ class InstanceCollector:
         if first:
             self._kept = {name: values for name, values in collected.items() if not name.startswith("student.")}
         return {**self._kept, **collected}
+
+
+def _choose(recipe: Recipe, max_images: int, min_box_size: float) -> tuple[int, list[dict]]:
+    """How many training images there are, and the records of those that are chosen."""
+    images = recipe.training_images()
+    images = [{**image, "annotations": large_annotations(image, min_box_size)} for image in images]
+    chosen = choose_images(images, max_images)
+    return len(images), [_slim_record(images[index], index, chosen[index]) for index in sorted(chosen)]
 
 
 def _slim_record(image: dict, index: int, classes: set[int]) -> dict:

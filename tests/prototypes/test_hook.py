@@ -224,12 +224,13 @@ def test_the_teacher_runs_in_the_first_search_only(tmp_path):
     model.teacher.model.backbone.register_forward_hook(lambda *args: calls.append(1))
     collector = InstanceCollector(YamlRecipe(cfg), ["p2"], 800, 10)
     first = collector.collect(model)
-    assert len(calls) == 5
+    searched = len(calls)
+    assert searched > 0
     with torch.no_grad():
         for p in model.student.backbone.parameters():
             p.mul_(1.5)
     second = collector.collect(model)
-    assert len(calls) == 5
+    assert len(calls) == searched
     assert torch.equal(first["teacher.p2"], second["teacher.p2"]) and torch.equal(first["boxes"], second["boxes"])
     assert not torch.allclose(first["student.p2"], second["student.p2"])
 

@@ -1,10 +1,11 @@
 """The benchmark runs from a config alone and reports every part."""
 
 import json
+import sys
 
 import pytest
 
-from tests.helpers import aligned_cfg, detector_cfg, distillation_cfg, run_script, write_teacher
+from tests.helpers import ROOT, aligned_cfg, detector_cfg, distillation_cfg, run_script, write_teacher
 
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "fcos"])
@@ -28,11 +29,27 @@ def test_reports_every_part(tmp_path, kind):
         *(f"{name}, forward and backward" for name in names),
         "full step",
         "full step that measures gradients (every 50 iterations)",
+        "teacher's forward in float32",
+        "teacher's forward in bfloat16",
     ]
     assert [row["part"] for row in content["rows"]] == parts
     assert all(row["min ms"] <= row["ms"] <= row["max ms"] and row["peak MiB"] > 0 for row in content["rows"])
     assert content["rows"][0]["/ backbone"] == 1 and all(row["/ backbone"] > 0 for row in content["rows"])
+    assert content["rows"][1]["/ own step"] == 1 and all(row["operators"] > 10 for row in content["rows"])
+    kept = [row["part"] for row in content["rows"] if row["kept MiB"]]
+    assert kept == [f"{name}, forward and backward" for name in names]
     assert f"full step / sum of its parts: {content['ratio']:.3f}" in result.stdout
+
+
+def test_compares_with_an_earlier_measurement(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    from benchmark import compare
+
+    rows = [{"part": "a", "ms": 30.0, "peak MiB": 5.0}, {"part": "new", "ms": 1.0, "peak MiB": 1.0}]
+    old = [{"part": "b", "ms": 1.0, "peak MiB": 2.0}, {"part": "a", "ms": 40.0, "peak MiB": 8.0}]
+    first, second = compare(rows, old)
+    assert first == {**rows[0], "earlier ms": 40.0, "earlier MiB": 8.0, "/ earlier": 0.75}
+    assert second == {**rows[1], "earlier ms": None, "earlier MiB": None, "/ earlier": None}
 
 
 HALF = {"INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 96, "DISTILL.STUDENT.INPUT_SCALE": 0.5}

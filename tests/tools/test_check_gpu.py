@@ -1,0 +1,48 @@
+"""The check for GPUs, as far as it goes without one."""
+
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import ROOT, run_script
+
+
+@pytest.fixture
+def check_gpu(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    monkeypatch.chdir(ROOT)
+    import check_gpu
+
+    return check_gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu():
+    result = run_script("tools/check_gpu.py")
+    assert result.returncode == 1 and "There is no CUDA GPU here" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_losses_are_compared_with_the_cpus(check_gpu, monkeypatch):
+    rows = check_gpu.compare_losses(check_gpu.CONFIGS[0], "cpu", ["float32", "bfloat16"])
+    assert [row["ok"] for row in rows] == ["yes", "yes"]
+    assert rows[0]["largest difference"] == 0 < rows[1]["largest difference"] < 0.1
+    real = check_gpu._losses
+    wrong = lambda model, batch, device, precision: {  # noqa: E731
+        key: value * (1.5 if precision == "bfloat16" and key == "loss_review" else 1)
+        for key, value in real(model, batch, device, precision).items()
+    }
+    monkeypatch.setattr(check_gpu, "_losses", wrong)
+    (row,) = check_gpu.compare_losses(check_gpu.CONFIGS[0], "cpu", ["bfloat16"])
+    assert row["ok"] == "NO" and row["of"] == "loss_review"
+
+
+def test_times_have_the_precision_in_their_names(check_gpu):
+    size = ["SOLVER.IMS_PER_BATCH", "1", "INPUT.MIN_SIZE_TRAIN", "(192,)", "INPUT.MAX_SIZE_TRAIN", "256"]
+    rows = check_gpu.time_steps(check_gpu.CONFIGS[0], "cpu", 1, size, "bfloat16")
+    assert len(rows) > 5 and all(row["part"].endswith("(bfloat16)") and row["ms"] > 0 for row in rows)
+
+
+def test_all_devices_train(check_gpu):
+    trained, log = check_gpu.train_on_all(0)  # on the CPU, in one process
+    assert trained, log
