@@ -17,6 +17,7 @@ CONFIGS = sorted(
     for path in (ROOT / folder).rglob("*.yaml")
     if not path.name.startswith("Base") and path.parent.name != "suites"
 )
+METHODS = ("review", "structural", "global", "aligned", "fgd", "mgd", "cwd", "pearson")
 # folders and last words of configs without distillation
 PLAIN = {"coco", "voc", "teacher", "student"}
 
@@ -49,17 +50,35 @@ def test_builds_and_takes_a_step(path: Path, monkeypatch):
         "structural": "loss_structural",
         "global": "loss_local",  # the global loss itself waits for prototypes
         "aligned": "loss_aligned",
-        "PearsonDistiller": "loss_pearson",
+        "fgd": "loss_fgd_foreground",
+        "mgd": "loss_mgd",
+        "cwd": "loss_cwd",
+        "pearson": "loss_pearson",
+        "AttentionTransfer": "loss_attention",
     }
-    words = (path.parent.name, path.stem.split("_")[0])
+    words = (path.parent.name, path.stem.split("_")[0], path.stem.split("_")[-1])
     own = [losses[name] for method, name in names.items() if distilled and method in words]
     assert len(own) == distilled and all(loss > 0 for loss in own)
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_the_papers_configs_are_not_balanced():
-    papers = [path for path in CONFIGS if path.parent.name in ("review", "structural", "global", "aligned")]
+    papers = [path for path in CONFIGS if path.parent.name in METHODS]
     assert len(papers) > 15 and all(load_config(str(path)).DISTILL.BALANCE == 0 for path in papers)
+
+
+def test_the_published_settings_of_fgd_mgd_cwd_and_pearson():
+    factors = ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "GLOBAL_WEIGHT", "TEMPERATURE")
+    expected = {
+        "retinanet_R50_R101": ((1e-3, 5e-4, 5e-4, 5e-6, 0.5), [], (2e-5, 0.65), 10.0),
+        "faster_rcnn_R50_R101": ((5e-5, 2.5e-5, 5e-5, 5e-7, 0.5), ["p2", "p3", "p4", "p5"], (5e-7, 0.45), 6.0),
+    }
+    for name, (fgd, levels, mgd, pearson) in expected.items():
+        own = {method: load_config(str(ROOT / "configs" / method / f"{name}.yaml")).DISTILL for method in METHODS[4:]}
+        assert tuple(own["fgd"].FGD[key] for key in factors) == fgd and levels == own["fgd"].FGD.LEVELS
+        assert mgd == (own["mgd"].MGD.LOSS_WEIGHT, own["mgd"].MGD.MASK_RATIO) and levels == own["mgd"].MGD.LEVELS
+        assert (own["cwd"].CWD.LOSS_WEIGHT, own["cwd"].CWD.TEMPERATURE) == (10.0, 1.0)
+        assert pearson == own["pearson"].PEARSON.LOSS_WEIGHT
 
 
 def test_the_published_settings_of_knowledge_review():

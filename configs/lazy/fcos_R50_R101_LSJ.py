@@ -11,7 +11,6 @@ train = _zoo.train
 
 distill = dict(
     TEACHER=dict(CONFIG_FILE="new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py"),  # and the model zoo's weights
-    IMPORTS=["projects.PearsonDistiller.pearson"],
     DISTILLERS=["PearsonDistiller"],
     PEARSON=dict(LOSS_WEIGHT=6.0),
 )

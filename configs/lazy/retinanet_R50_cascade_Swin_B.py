@@ -23,7 +23,6 @@ distill = dict(
         WEIGHTS="https://dl.fbaipublicfiles.com/detectron2/ViTDet/COCO/cascade_mask_rcnn_swin_b_in21k/f342979038/"
         "model_final_246a82.pkl",
     ),
-    IMPORTS=["projects.PearsonDistiller.pearson"],
     DISTILLERS=["PearsonDistiller"],
     PEARSON=dict(LOSS_WEIGHT=6.0),
 )

@@ -143,6 +143,51 @@ def add_distill_config(cfg: CfgNode) -> None:
     # As STRUCTURAL.ADAPTATION
     _C.DISTILL.ALIGNED.ADAPTATION = "auto"
 
+    # Focal and global distillation (arXiv 2111.11837). The factors are those of detectors with a box head (with p2 to
+    # p5); published for RetinaNet: 1e-3, 5e-4, 5e-4, 5e-6; for FCOS: 1.6e-3, 8e-4, 8e-4, 8e-6 and temperature 0.8.
+    _C.DISTILL.FGD = CN()
+    add_weight_config(_C.DISTILL.FGD)
+    # FPN levels to compare. Empty: all that student and teacher share.
+    _C.DISTILL.FGD.LEVELS = []
+    # As STRUCTURAL.ADAPTATION
+    _C.DISTILL.FGD.ADAPTATION = "auto"
+    # Of the attention maps
+    _C.DISTILL.FGD.TEMPERATURE = 0.5
+    # Factors of the features in boxes and outside, of the attention maps, and of what is gathered globally
+    _C.DISTILL.FGD.FOREGROUND_WEIGHT = 5e-5
+    _C.DISTILL.FGD.BACKGROUND_WEIGHT = 2.5e-5
+    _C.DISTILL.FGD.ATTENTION_WEIGHT = 5e-5
+    _C.DISTILL.FGD.GLOBAL_WEIGHT = 5e-7
+
+    # Masked generative distillation (arXiv 2205.01529). Weight and mask are those of detectors with a box head (with p2
+    # to p5); published for dense ones: 2e-5 and 0.65.
+    _C.DISTILL.MGD = CN()
+    add_weight_config(_C.DISTILL.MGD, loss_weight=5e-7)
+    # FPN levels to compare. Empty: all that student and teacher share.
+    _C.DISTILL.MGD.LEVELS = []
+    # As STRUCTURAL.ADAPTATION
+    _C.DISTILL.MGD.ADAPTATION = "auto"
+    # The share of the student's cells that is masked
+    _C.DISTILL.MGD.MASK_RATIO = 0.45
+
+    # Channel-wise distillation (arXiv 2011.13256), with weight and temperature of MMRazor's detectors
+    _C.DISTILL.CWD = CN()
+    add_weight_config(_C.DISTILL.CWD, loss_weight=10.0)
+    # FPN levels to compare. Empty: all that student and teacher share.
+    _C.DISTILL.CWD.LEVELS = []
+    # As STRUCTURAL.ADAPTATION
+    _C.DISTILL.CWD.ADAPTATION = "auto"
+    # The larger, the more cells count
+    _C.DISTILL.CWD.TEMPERATURE = 1.0
+
+    # Pearson correlation (PKD, arXiv 2207.02039). Published: 6 for teachers with a box head, 10 for dense ones
+    _C.DISTILL.PEARSON = CN()
+    add_weight_config(_C.DISTILL.PEARSON, loss_weight=6.0)
+    # FPN levels to compare. Empty: the four finest that student and teacher share, as published.
+    _C.DISTILL.PEARSON.LEVELS = []
+    # As STRUCTURAL.ADAPTATION
+    _C.DISTILL.PEARSON.ADAPTATION = "auto"
+
     # Data sets to register first: "name=voc:ROOT:SPLIT[:class,class,...]" or "name=coco:JSON:IMAGE_ROOT"
     _C.DATASETS.REGISTER = []
 

@@ -141,7 +141,8 @@ def import_modules(names: Sequence[str]) -> list[ModuleType]:
         except ModuleNotFoundError as error:
             raise DistillError(
                 f"DISTILL.IMPORTS names the module {name!r}, which cannot be imported: {error}. Give a dotted name, "
-                "such as 'projects.PearsonDistiller.pearson', from the current folder or from a folder on PYTHONPATH."
+                "such as 'projects.AttentionTransfer.attention_transfer', from the current folder or from a folder on "
+                "PYTHONPATH."
             ) from error
     return modules
 

@@ -4,17 +4,25 @@ from .adaptation import build_adaptation
 from .aligned import AlignedDistiller
 from .base import Distiller, shared_levels
 from .build import DISTILLER_REGISTRY, build_distillers
+from .channel_wise import CWDDistiller
+from .focal_global import FGDDistiller
 from .global_knowledge import GlobalKnowledgeDistiller
 from .imitation import ImitationDistiller
+from .masked_generative import MGDDistiller
+from .pearson import PearsonDistiller
 from .review import ReviewDistiller
 from .structural import StructuralDistiller
 
 __all__ = [
     "DISTILLER_REGISTRY",
     "AlignedDistiller",
+    "CWDDistiller",
     "Distiller",
+    "FGDDistiller",
     "GlobalKnowledgeDistiller",
     "ImitationDistiller",
+    "MGDDistiller",
+    "PearsonDistiller",
     "ReviewDistiller",
     "StructuralDistiller",
     "build_adaptation",

@@ -1,6 +1,8 @@
 """The methods' formulas, as pure functions of tensors. All of them compute in float32."""
 
 from .aligned import aligned_loss
+from .channel_wise import channel_wise_loss
+from .focal_global import attention_maps, focal_losses, focal_weights
 from .global_knowledge import (
     box_levels,
     box_mask,
@@ -12,22 +14,31 @@ from .global_knowledge import (
     response_loss,
 )
 from .imitation import imitation_loss, region_weights
+from .masked_generative import generation_loss, random_cells
+from .pearson import pearson_loss
 from .precision import in_float32
 from .review import hierarchical_context_loss
 from .structural import structural_loss, structural_similarity, structural_similarity_terms
 
 __all__ = [
     "aligned_loss",
+    "attention_maps",
     "box_levels",
     "box_mask",
     "box_means",
+    "channel_wise_loss",
+    "focal_losses",
+    "focal_weights",
+    "generation_loss",
     "global_knowledge_loss",
     "hierarchical_context_loss",
     "imitation_loss",
     "in_float32",
     "local_knowledge_loss",
+    "pearson_loss",
     "prototype_robustness",
     "prototype_similarity",
+    "random_cells",
     "region_weights",
     "response_loss",
     "structural_loss",

@@ -65,6 +65,7 @@ class TimmBackbone(Backbone):
         self._out_features = [f"c{int(math.log2(stride))}" for stride in self.strides]
         self._out_feature_strides = dict(zip(self._out_features, self.strides))
         self._out_feature_channels = dict(zip(self._out_features, info.channels()))
+        _drop_unused(network)
         _freeze(network, freeze_at, len(self.strides))
         self.body = _with_norm(network, norm)
 
@@ -205,14 +206,33 @@ def _freeze(network: nn.Module, freeze_at: int, num_stages: int) -> None:
         for module in stem[: 1 + isinstance(stem[1], nn.BatchNorm2d)]:
             module.requires_grad_(False)
     elif freeze_at > 1:
-        network.eval()
-        weights = list(network.parameters())
-        with torch.enable_grad():
-            stage = network(torch.zeros(1, 3, _PROBE, _PROBE))[freeze_at - 2]
-            used = torch.autograd.grad(stage.sum(), weights, allow_unused=True)
-        for weight, gradient in zip(weights, used):
-            weight.requires_grad_(gradient is None)
-        network.train()
+        for weight in _used_weights(network, slice(freeze_at - 2, freeze_at - 1)):
+            weight.requires_grad_(False)
+
+
+def _used_weights(network: nn.Module, stages: slice) -> list[nn.Parameter]:
+    """The weights that some of the stages are computed from."""
+    was_training, weights = network.training, list(network.parameters())
+    network.eval()
+    with torch.enable_grad():
+        outputs = network(torch.zeros(1, 3, _PROBE, _PROBE))[stages]
+        gradients = torch.autograd.grad(sum(x.sum() for x in outputs), weights, allow_unused=True)
+    network.train(was_training)
+    return [weight for weight, gradient in zip(weights, gradients) if gradient is not None]
+
+
+def _drop_unused(network: nn.Module) -> None:
+    """Drops what lies behind the last stage, where timm keeps it: nobody uses it, and a weight without gradient is an
+    error on several GPUs."""
+    used = {id(weight) for weight in _used_weights(network, slice(None))}
+    gone = ""
+    for name, module in list(network.named_modules()):
+        weights = list(module.parameters())
+        if gone and name.startswith(gone):
+            continue
+        if weights and used.isdisjoint(map(id, weights)):
+            network.set_submodule(name, nn.Identity())
+            gone = f"{name}."
 
 
 def _with_norm(network: nn.Module, norm: str) -> nn.Module:

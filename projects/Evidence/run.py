@@ -42,7 +42,7 @@ from runs import FolderInUse, TrainingFailed, read_metrics, train
 
 logger = logging.getLogger("detectron2.evidence")
 
-CODE = ("distill", "configs", "projects/PearsonDistiller", "train_net.py")  # what a training is made of
+CODE = ("distill", "configs", "projects/AttentionTransfer", "train_net.py")  # what a training is made of
 
 
 class Runner:

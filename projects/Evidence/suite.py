@@ -16,7 +16,7 @@ from distill.errors import DistillError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.append(str(ROOT))  # for projects.PearsonDistiller
+sys.path.append(str(ROOT))  # for projects.AttentionTransfer
 # what says where a run lies and on what it runs, not what it computes
 _PLACES = ("OUTPUT_DIR", "MODEL.DEVICE", "DISTILL.TEACHER.WEIGHTS", "DATALOADER.NUM_WORKERS")
 

