@@ -17,6 +17,7 @@ from PIL import Image
 
 import distill.modeling  # noqa: F401  registers its meta-architectures and backbones
 from distill import add_distill_config
+from distill.distillers import DISTILLER_REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -152,6 +153,18 @@ def random_batch(*sizes: tuple[int, int], boxes: int = 3) -> list[dict]:
         image = torch.randint(256, (3, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch
+
+
+def built_in(student: str, teacher: str | None = None) -> list[str]:
+    """This package's distillers for a student of one of DETECTORS and a teacher of another, or the same; tests register
+    their own."""
+    dense = [kind in ("retinanet", "fcos") for kind in (student, teacher or student)]
+    names = {name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("distill.")}
+    if not all(dense):
+        names -= {"CrossKDDistiller"}
+    if dense[0] != dense[1]:
+        names -= {"LogitDistiller"}
+    return sorted(names)
 
 
 def write_coco(folder):

@@ -39,6 +39,10 @@ def add_distill_config(cfg: CfgNode) -> None:
     # The settings of variants, as keys of DISTILL that differ, such as {boxes: {IMITATION: {REGION: boxes}}}. A config
     # file defines them; the command line may change what is defined.
     _C.DISTILL.VARIANTS = CN(new_allowed=True)
+    # Which classes of student and teacher are the same, for what compares classifications (LOGIT, GLOBAL's response):
+    # [] (all, in one order), ["names"] (those of one name in both data sets), or pairs "STUDENT=TEACHER" of names or
+    # numbers, such as ["pedestrian=person"] or ["0=14"]. Other methods ask for no classes.
+    _C.DISTILL.CLASS_MAP = []
     # What the teacher and the distillers' own layers compute in: "auto" (as the training), "float32", "bfloat16" or
     # "float16". Losses are computed in float32 in any case.
     _C.DISTILL.PRECISION = "auto"
@@ -187,6 +191,36 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.DISTILL.PEARSON.LEVELS = []
     # As STRUCTURAL.ADAPTATION
     _C.DISTILL.PEARSON.ADAPTATION = "auto"
+
+    # Cross-head distillation (CrossKD, arXiv 2306.11369), with the weights for RetinaNet; published for FCOS:
+    # CLASS_WEIGHT 0.4, BOX_WEIGHT 0.75, NUM_TEACHER_CONVS 2
+    _C.DISTILL.CROSSKD = CN()
+    add_weight_config(_C.DISTILL.CROSSKD)
+    # How many convolutions at the end of the teacher's towers the student's features go through
+    _C.DISTILL.CROSSKD.NUM_TEACHER_CONVS = 1
+    # As STRUCTURAL.ADAPTATION
+    _C.DISTILL.CROSSKD.ADAPTATION = "auto"
+    # Exponent of the quality focal loss
+    _C.DISTILL.CROSSKD.BETA = 1.0
+    # Factors of classification and boxes
+    _C.DISTILL.CROSSKD.CLASS_WEIGHT = 1.0
+    _C.DISTILL.CROSSKD.BOX_WEIGHT = 1.0
+
+    # Classifications
+    _C.DISTILL.LOGIT = CN()
+    add_weight_config(_C.DISTILL.LOGIT)
+    # "KD" (soft labels, arXiv 1503.02531), "DKD" (decoupled, 2203.08679), or for dense detectors "BCKD" (class by class
+    # at all anchors, and their boxes, 2308.14286)
+    _C.DISTILL.LOGIT.KIND = "KD"
+    # Of KD and DKD, as GLOBAL.INSTANCES
+    _C.DISTILL.LOGIT.INSTANCES = "proposals"
+    # Of KD and DKD
+    _C.DISTILL.LOGIT.TEMPERATURE = 1.0
+    # Of DKD: factors of the true class against the others, and of the others beside each other
+    _C.DISTILL.LOGIT.ALPHA = 1.0
+    _C.DISTILL.LOGIT.BETA = 0.25
+    # Of BCKD: factor of the boxes' loss
+    _C.DISTILL.LOGIT.BOX_WEIGHT = 4.0
 
     # Data sets to register first: "name=voc:ROOT:SPLIT[:class,class,...]" or "name=coco:JSON:IMAGE_ROOT"
     _C.DATASETS.REGISTER = []

@@ -7,7 +7,6 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..config import num_classes
@@ -20,14 +19,14 @@ from ..losses import (
     local_knowledge_loss,
     prototype_robustness,
     prototype_similarity,
-    response_loss,
+    soft_label_divergence,
 )
+from ..modeling.classes import build_class_map
 from ..modeling.views import DetectorView
 from ..prototypes.bank import PrototypeBank
 from .base import Distiller, shared_levels
 from .build import DISTILLER_REGISTRY
-
-_INSTANCES = ("proposals", "ground_truth")
+from .instances import INSTANCES, check_classifications, instance_boxes, mean_over_processes, paired_logits
 
 
 @DISTILLER_REGISTRY.register()
@@ -45,6 +44,7 @@ class GlobalKnowledgeDistiller(Distiller):
         global_weight, local_weight, response_weight: factors of the parts; None leaves a part out.
         foreground_weight, background_weight: factors inside the local part.
         temperature: of the response part.
+        class_map: of the response part: by the student's class, the teacher's; None where both have the same.
         hook_settings: arguments of :class:`distill.prototypes.hook.PrototypeHook` beside model and bank.
         weight_settings: arguments of :class:`Distiller`. The decay leaves the response part alone.
     """
@@ -66,6 +66,7 @@ class GlobalKnowledgeDistiller(Distiller):
         background_weight: float,
         response_weight: float | None,
         temperature: float,
+        class_map: Mapping[int, int] | None = None,
         hook_settings: Mapping,
         **weight_settings: float,
     ) -> None:
@@ -81,6 +82,7 @@ class GlobalKnowledgeDistiller(Distiller):
         self.background_weight = background_weight
         self.response_weight = response_weight
         self.temperature = temperature
+        self.class_map = class_map
         self.hook_settings = dict(hook_settings)
 
     @classmethod
@@ -117,6 +119,7 @@ class GlobalKnowledgeDistiller(Distiller):
             "background_weight": node.LOCAL_BACKGROUND_WEIGHT,
             "response_weight": node.RESPONSE_WEIGHT if node.RESPONSE_ON else None,
             "temperature": node.TEMPERATURE,
+            "class_map": build_class_map(cfg) if node.RESPONSE_ON else None,
             "hook_settings": {
                 "period": node.UPDATE_PERIOD,
                 "max_images": node.MAX_IMAGES,
@@ -141,14 +144,14 @@ class GlobalKnowledgeDistiller(Distiller):
         from ..prototypes.hook import PrototypeHook  # it knows the model, which knows the distillers
 
         if self.response_weight is not None:
-            _check_response(*model.frozen_views([]))  # an error now rather than after the search
+            self._check_response(*model.frozen_views([]))  # an error now rather than after the search
         hooks = [] if self.local_distiller is None else self.local_distiller.build_hooks(model)
         return [PrototypeHook(model, self.prototypes, **self.hook_settings), *hooks]
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
         if self.response_weight is not None:
-            _check_response(student, teacher)
-        boxes, labels = self._boxes(student)
+            self._check_response(student, teacher)
+        boxes, labels = instance_boxes(student, self.instances)
         sizes = [len(x) for x in boxes]
         own_level = box_levels(torch.cat(boxes), len(self.levels))
         own_robustness = torch.zeros(len(labels), device=labels.device)  # of each instance, at its own level
@@ -175,26 +178,9 @@ class GlobalKnowledgeDistiller(Distiller):
         if self.local_weight is not None:
             losses["loss_local"] = self.local_weight * self._local_loss(student, teacher, masks)
         if self.response_weight is not None:
-            response = self._response_loss(student, teacher, boxes, own_robustness)
+            response = self._response_loss(student, teacher, boxes, labels, own_robustness)
             losses["loss_response"] = self.response_weight * response
         return losses
-
-    def _boxes(self, student: DetectorView) -> tuple[list[Tensor], Tensor]:
-        """The instances of each image, and the classes of all."""
-        if self.instances == "proposals" and student.has_box_head:
-            rows, sizes = self._positive_rows(student.proposals)
-            boxes = torch.cat([x.proposal_boxes.tensor for x in student.proposals])[rows]
-            return list(boxes.split(sizes)), torch.cat([x.gt_classes for x in student.proposals])[rows]
-        truth = student.ground_truth
-        return [x.gt_boxes.tensor for x in truth], torch.cat([x.gt_classes for x in truth])
-
-    def _positive_rows(self, proposals: Sequence[Instances]) -> tuple[Tensor, list[int]]:
-        """Which of all images' proposals are positive, and how many each image has. The host waits once."""
-        classes = torch.cat([x.gt_classes for x in proposals])
-        positive = (classes >= 0) & (classes < self.prototypes.num_classes)
-        sizes = torch.stack([x.sum() for x in positive.split([len(x) for x in proposals])]).tolist()
-        # the positive ones first, each kind in its order
-        return positive.logical_not().to(torch.uint8).argsort(stable=True)[: sum(sizes)], sizes
 
     def _local_loss(self, student: DetectorView, teacher: DetectorView, masks: Mapping[str, Tensor]) -> Tensor:
         if self.local_distiller is None:
@@ -217,49 +203,22 @@ class GlobalKnowledgeDistiller(Distiller):
         return self.local_distiller.loss_weight * sum(self.local_distiller(student, teacher, weights=weights).values())
 
     def _response_loss(
-        self, student: DetectorView, teacher: DetectorView, boxes: list[Tensor], robustness: Tensor
+        self, student: DetectorView, teacher: DetectorView, boxes: list[Tensor], labels: Tensor, robustness: Tensor
     ) -> Tensor:
-        if student.has_box_head:
-            teachers = teacher.box_head([Boxes(x) for x in boxes])[0]
-            if self.instances == "proposals":  # its own forward has been there, and a second one would move batch norms
-                own = student.proposal_logits[self._positive_rows(student.proposals)[0]]
-            else:
-                own = student.box_head([Boxes(x) for x in boxes])[0]
-            logits = [own, teachers]
-        else:
-            matches = student.match_anchors()
-            if student.num_anchors != teacher.num_anchors:
-                raise DistillError(
-                    f"The student has {student.num_anchors} anchors in this batch and the teacher "
-                    f"{teacher.num_anchors}, so their "
-                    "classifications cannot be compared. Give both the same anchors and levels, or switch the part off "
-                    "by DISTILL.GLOBAL.RESPONSE_ON False."
-                )
-            rows = [anchors for anchors, _ in matches]
-            logits = [view.anchor_logits_at(rows) for view in (student, teacher)]
-            parts = robustness.split([len(x) for x in boxes])
-            robustness = torch.cat([part[truth] for part, (_, truth) in zip(parts, matches)])
-        return response_loss(*logits, robustness, self.temperature)
+        """Soft labels of the instances, times their robustness. The mean over classes, too, as published."""
+        pairs = paired_logits(student, teacher, self.instances, boxes, labels, self.class_map)
+        divergence = soft_label_divergence(pairs.student, pairs.teacher, self.temperature) / pairs.student.shape[1]
+        number = mean_over_processes(len(divergence), divergence.device)
+        return (divergence * robustness[pairs.instances]).sum() / number
 
-
-def _check_response(student: DetectorView, teacher: DetectorView) -> None:
-    """Refuses detectors whose classifications cannot be compared."""
-    differences = []
-    if student.has_box_head != teacher.has_box_head:
-        kinds = ["boxes" if view.has_box_head else "anchors" for view in (student, teacher)]
-        differences.append(f"the student classifies {kinds[0]} and the teacher {kinds[1]}")
-    if student.num_classes != teacher.num_classes:
-        differences.append(f"the student has {student.num_classes} classes and the teacher {teacher.num_classes}")
-    if differences:
-        raise DistillError(
-            f"The response part of GlobalKnowledgeDistiller compares classifications, but {' and '.join(differences)}. "
-            "Use a teacher of the same family and classes, or switch the part off: DISTILL.GLOBAL.RESPONSE_ON False."
-        )
+    def _check_response(self, student: DetectorView, teacher: DetectorView) -> None:
+        what, otherwise = "The response part of GlobalKnowledgeDistiller", "switch the part off"
+        check_classifications(student, teacher, self.class_map, what, f"{otherwise}: DISTILL.GLOBAL.RESPONSE_ON False")
 
 
 def _check(node: CfgNode) -> None:
     expected = {
-        "INSTANCES": (node.INSTANCES in _INSTANCES, f"one of {', '.join(_INSTANCES)}"),
+        "INSTANCES": (node.INSTANCES in INSTANCES, f"one of {', '.join(INSTANCES)}"),
         "NUM_PROTOTYPES": (node.NUM_PROTOTYPES > 0, "a number above 0, such as 10"),
         "DENSITY_SIGMA": (node.DENSITY_SIGMA > 0, "a number above 0, such as 0.1"),
         "DENSITY_QUANTILE": (0 <= node.DENSITY_QUANTILE < 1, "a share from 0 to below 1, such as 0.4"),

@@ -2,6 +2,7 @@
 
 from .aligned import aligned_loss
 from .channel_wise import channel_wise_loss
+from .cross_head import cross_box_loss, cross_class_loss
 from .focal_global import attention_maps, focal_losses, focal_weights
 from .global_knowledge import (
     box_levels,
@@ -11,9 +12,9 @@ from .global_knowledge import (
     local_knowledge_loss,
     prototype_robustness,
     prototype_similarity,
-    response_loss,
 )
 from .imitation import imitation_loss, region_weights
+from .logit import box_overlap, decoupled_divergence, quality_focal_loss, soft_label_divergence
 from .masked_generative import generation_loss, random_cells
 from .pearson import pearson_loss
 from .precision import in_float32
@@ -26,7 +27,11 @@ __all__ = [
     "box_levels",
     "box_mask",
     "box_means",
+    "box_overlap",
     "channel_wise_loss",
+    "cross_box_loss",
+    "cross_class_loss",
+    "decoupled_divergence",
     "focal_losses",
     "focal_weights",
     "generation_loss",
@@ -38,9 +43,10 @@ __all__ = [
     "pearson_loss",
     "prototype_robustness",
     "prototype_similarity",
+    "quality_focal_loss",
     "random_cells",
     "region_weights",
-    "response_loss",
+    "soft_label_divergence",
     "structural_loss",
     "structural_similarity",
     "structural_similarity_terms",

@@ -184,25 +184,3 @@ def local_knowledge_loss(
         norm = (2 * student.shape[1] * part.sum()).clamp(min=1)
         total = total + weight * (errors * part).sum() / norm
     return total
-
-
-@in_float32
-def response_loss(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float = 2.0) -> Tensor:
-    """Kullback-Leibler divergence of softened classifications, averaged over classes and boxes, times T².
-
-    Σ_n w_n Σ_k p_nk (log p_nk - log q_nk) T² / (N K), p = softmax(teacher / T), q = softmax(student / T).
-
-    Args:
-        student: ``Tensor[N, K]``, logits.
-        teacher: ``Tensor[N, K]``, logits for the same boxes.
-        weights: ``Tensor[N]``, the instances' robustness.
-        temperature: T.
-
-    Returns:
-        ``Tensor[]``, a scalar; 0 where there are no boxes.
-    """
-    if not student.numel():
-        return student.sum()
-    logs = [(x / temperature).log_softmax(1) for x in (student, teacher)]
-    divergence = F.kl_div(*logs, reduction="none", log_target=True)
-    return (divergence * weights[:, None]).mean() * temperature**2

@@ -16,12 +16,14 @@ from ..distillers.build import build_distillers, check_distillers
 from ..errors import DistillError
 from .backbones import freeze_unused_levels
 from .checkpoint import describe_weights
+from .dense_heads import has_towers
 from .inherit import inheritable_weights
 from .loss_weights import LossWeights
 from .precision import autocast, autocast_dtype
 from .scaling import Scaling, build_scaling
+from .taps import FeatureTap, MethodTap, TowerTap
 from .teacher import Teacher, build_teacher, check_detector, square_size
-from .views import DetectorView, FeatureTap, MethodTap, align
+from .views import DetectorView, align
 from .wrapper import Wrapper, rename_state
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,8 @@ class DistillationModel(Wrapper):
         self._taps = {name: FeatureTap(part) for name, part in parts.items() if part is not None}
         if hasattr(student, "label_anchors"):
             self._taps["label_anchors"] = MethodTap(student, "label_anchors")
+        if has_towers(parts["head"]):
+            self._taps["towers"] = TowerTap(parts["head"])
         rename_state(self, [("distillers.", "distillers."), ("student.", "")])
         self.to(student.device)  # distillers and teacher too
 

@@ -8,74 +8,13 @@ from typing import Any
 
 import torch
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.modeling.meta_arch.fcos import FCOSHead
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..errors import DistillError
+from .dense_heads import box_deltas, class_logits, decode_boxes, finish_towers, has_towers, tower_convs
 from .precision import autocast
 from .scaling import Scaling
-
-
-class _Tap:
-    """What something was last given and returned while its module trained. In evaluation nobody takes the record, so it
-    would only hold memory."""
-
-    def __init__(self) -> None:
-        self._record: tuple[Any, Any] | None = None
-
-    @property
-    def has_record(self) -> bool:
-        """Whether it ran since the last :meth:`take`."""
-        return self._record is not None
-
-    def take(self) -> tuple[Any, Any]:
-        """Returns the recorded (first argument, output) and forgets it, so that it holds no graph alive."""
-        if self._record is None:
-            raise DistillError("The student's forward pass did not run its backbone, so there is nothing to distil.")
-        record, self._record = self._record, None
-        return record
-
-    def forget(self) -> None:
-        """Drops a record that nobody took, so that it holds no graph alive."""
-        self._record = None
-
-
-class FeatureTap(_Tap):
-    """Records, by a forward hook, what a module was last given and returned while it trained.
-
-    Args:
-        module: any module. It is not changed.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        module.register_forward_hook(self._hook)
-
-    def _hook(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if module.training:
-            self._record = (args[0], output)
-
-
-class MethodTap(_Tap):
-    """Records what a method of a module was last given and returned while the module trained.
-
-    Args:
-        owner: any module. Its method is replaced by one that does the same.
-        name: of the method.
-    """
-
-    def __init__(self, owner: nn.Module, name: str) -> None:
-        super().__init__()
-        self._owner, self._method = owner, getattr(owner, name)
-        setattr(owner, name, self._call)  # a bound method, so that a copy of the module has a tap of its own
-
-    def _call(self, *args: Any) -> Any:
-        output = self._method(*args)
-        if self._owner.training:
-            self._record = (args[0], output)
-        return output
 
 
 class DetectorView:
@@ -90,7 +29,7 @@ class DetectorView:
         compute_features: returns the padded, normalised images and the features by level.
         frozen: whether the detector is a teacher, all of whose results come without gradient.
         outputs: what modules of the detector returned in this step, by their names ("roi_heads", "box_predictor",
-            "head", "label_anchors").
+            "head", "label_anchors"), and what its convolutions were given ("towers").
         scaling: at which size the detector sees the images. Whatever the view shows is in pixels of the whole images.
         levels: the names that the view has for the detector's levels, see :meth:`Scaling.levels`. By default their own.
         dtype: what the detector computes in; None leaves that to autocast outside.
@@ -201,26 +140,132 @@ class DetectorView:
             )
         return self._outputs[name]
 
-    @cached_property
-    def _anchor_logits(self) -> list[Tensor]:
-        """What a dense detector says of the cells that the view shows, ``Tensor[N, A K, H, W]`` by level."""
-        if not hasattr(self._detector, "head_in_features"):
+    @property
+    def is_dense(self) -> bool:
+        """Whether the detector classifies anchors or points (RetinaNet, FCOS)."""
+        return hasattr(self._detector, "head_in_features")
+
+    def _dense_output(self, index: int, run: Callable[[nn.Module, list[Tensor]], list[Tensor]]) -> list[Tensor]:
+        """What a dense detector's head says of the cells that the view shows, by level: what it was recorded to say in
+        this step, or what ``run`` computes."""
+        if not self.is_dense:
             raise DistillError(
                 f"{type(self._detector).__name__} has no anchors with classes: RetinaNet and FCOS have. Student and "
                 "teacher must be of one family to compare them."
             )
         output = self._outputs.get("head")
         if output:
-            logits = output[0]
-        else:
-            with self._running():
-                logits = _class_logits(self._detector.head, self._head_features)
-        return [_crop(x, *self._cells(own)) for x, own in zip(logits, self._detector.head_in_features)]
+            return self._cropped(output[index])
+        with self._running():
+            return self._cropped(run(self._detector.head, self._head_features))
+
+    def _cropped(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """The cells that the view shows of what the head has of each of its levels."""
+        return [_crop(x, *self._cells(own)) for x, own in zip(levels, self._detector.head_in_features, strict=True)]
+
+    @cached_property
+    def class_logits(self) -> list[Tensor]:
+        """Classification logits of a dense detector by level, in the cells that the view shows: ``Tensor[N, A K, H,
+        W]``.
+
+        Raises:
+            DistillError: the detector is none.
+        """
+        return self._dense_output(0, class_logits)
+
+    @cached_property
+    def box_deltas(self) -> list[Tensor]:
+        """Box deltas of a dense detector by level, in the cells that the view shows: ``Tensor[N, 4 A, H, W]``.
+
+        Raises:
+            DistillError: the detector is none.
+        """
+        return self._dense_output(1, box_deltas)
+
+    def decode(self, deltas: Sequence[Tensor]) -> Tensor:
+        """The boxes that deltas mean at the anchors (or points) of a dense detector.
+
+        Args:
+            deltas: by level, as :attr:`box_deltas` has them.
+
+        Returns:
+            ``Tensor[N, R, 4]``, corners in pixels of the (padded, whole) image, in the order of :attr:`anchor_logits`.
+        """
+        return decode_boxes(self._detector, deltas) * self._scaling.factor
+
+    def tower_inputs(self, num_convs: int) -> tuple[list[Tensor], list[Tensor]]:
+        """What the last convolutions of a dense student's two towers were given in this step, see :meth:`check_towers`.
+
+        Args:
+            num_convs: how many of each tower's convolutions are the last; the one that predicts does not count.
+
+        Returns:
+            By level ``Tensor[N, C, H, W]``, of the tower of classes and of that of boxes, with all of the student's own
+            cells.
+        """
+        return tuple(tower[-1 - num_convs] for tower in self._outputs["towers"])
+
+    def finish_towers(
+        self, classes: Sequence[Tensor], boxes: Sequence[Tensor], num_convs: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Sends features through the end of a dense detector's head, see :meth:`check_towers`; they get a gradient.
+
+        Args:
+            classes: for the tower of classes, by level ``Tensor[N, C, H, W]``.
+            boxes: for the tower of boxes.
+            num_convs: how many of each tower's convolutions they go through, before the one that predicts.
+
+        Returns:
+            As :attr:`class_logits` and :attr:`box_deltas`, in the cells that the view shows.
+        """
+        with autocast(self._detector.device, self._dtype):
+            logits, deltas = finish_towers(self._detector.head, classes, boxes, num_convs)
+        return self._cropped(logits), self._cropped(deltas)
+
+    @property
+    def head_levels(self) -> list[str]:
+        """The levels that a dense detector's head stands on, by the view's names."""
+        return [self._levels[own] for own in self._detector.head_in_features]
+
+    def check_towers(self, num_convs: int, channels: int) -> None:
+        """Checks that a dense detector's head has two towers that features can be taken from, or sent through.
+
+        Args:
+            num_convs: how many convolutions each has at least, before the one that predicts.
+            channels: what the last so many of them take.
+
+        Raises:
+            DistillError: it is otherwise.
+        """
+        name = type(self._detector).__name__
+        head = getattr(self._detector, "head", None)
+        if not has_towers(head):
+            raise DistillError(
+                f"{name} has no head with a tower of classes and one of boxes: Detectron2's RetinaNet and FCOS have."
+            )
+        for convs in tower_convs(head):
+            if num_convs >= len(convs):
+                raise DistillError(
+                    f"The last {num_convs} convolutions of the towers are asked for, before the one that predicts, and "
+                    f"the {name}'s head has {len(convs) - 1}."
+                )
+            if convs[-1 - num_convs].in_channels != channels:
+                raise DistillError(
+                    f"The towers of the {name}'s head have {convs[-1 - num_convs].in_channels} channels and its "
+                    f"features {channels}: expected as many."
+                )
+
+    @property
+    def num_positive_anchors(self) -> Tensor:
+        """``LongTensor[]``: how many anchors (or points) of all images a dense student's own matching found positive in
+        this step, padding included."""
+        labels = torch.cat([x.flatten() for x in self._outputs["label_anchors"][0]])
+        return ((labels >= 0) & (labels < self.num_classes)).sum()
 
     @property
     def num_anchors(self) -> int:
         """How many anchors (or points) a dense detector has in the cells of an image that the view shows."""
-        return sum(x[0].numel() // self.num_classes for x in self._anchor_logits)
+        return sum(x[0].numel() // self.num_classes for x in self.class_logits)
 
     @property
     def anchor_logits(self) -> Tensor:
@@ -230,7 +275,7 @@ class DetectorView:
         Raises:
             DistillError: the detector is none.
         """
-        return torch.cat([permute_to_N_HWA_K(x, self.num_classes) for x in self._anchor_logits], 1)
+        return torch.cat([permute_to_N_HWA_K(x, self.num_classes) for x in self.class_logits], 1)
 
     def anchor_logits_at(self, rows: Sequence[Tensor]) -> Tensor:
         """Some of :attr:`anchor_logits`; the others are not copied.
@@ -247,7 +292,7 @@ class DetectorView:
         images = torch.cat([torch.full_like(own, index) for index, own in enumerate(rows)])
         wanted = torch.cat(list(rows))
         found, first = None, 0
-        for level in self._anchor_logits:
+        for level in self.class_logits:
             height, width = level.shape[2:]
             by_anchor = level.unflatten(1, (-1, self.num_classes))
             number = by_anchor.shape[1] * height * width
@@ -342,13 +387,6 @@ def align(student: DetectorView, teacher: DetectorView) -> None:
     # sizes, for views that held each other would live, features and all, until Python looks for such cycles
     sizes = {name: (min(x[name][0] for x in sides), min(x[name][1] for x in sides)) for name in shared}
     student._shown = teacher._shown = sizes
-
-
-def _class_logits(head: nn.Module, features: list[Tensor]) -> list[Tensor]:
-    """The classification of a dense detector's head alone, where the head is one of Detectron2's own."""
-    if type(head) is RetinaNetHead or type(head) is FCOSHead:
-        return [head.cls_score(head.cls_subnet(level)) for level in features]
-    return head(features)[0]
 
 
 def _crop(features: Tensor, height: int, width: int) -> Tensor:

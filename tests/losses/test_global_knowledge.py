@@ -15,7 +15,6 @@ from distill.losses import (
     local_knowledge_loss,
     prototype_robustness,
     prototype_similarity,
-    response_loss,
 )
 
 
@@ -169,22 +168,9 @@ def test_local_loss_divides_by_twice_the_mask_or_one():
         assert loss.item() == pytest.approx(2 * value / norm)
 
 
-def test_response_loss_equals_the_literal_formula():
-    student, teacher = torch.randn(2, 6, 4, dtype=torch.float64) * 3
-    weights = torch.rand(6, dtype=torch.float64)
-    total = 0.0
-    for n in range(6):
-        p, q = (np.exp(x[n].numpy() / 2.5) / np.exp(x[n].numpy() / 2.5).sum() for x in (teacher, student))
-        total += weights[n].item() * sum(p[k] * (math.log(p[k]) - math.log(q[k])) for k in range(4))
-    expected = total / (6 * 4) * 2.5**2
-    assert response_loss(student, teacher, weights, 2.5).item() == pytest.approx(expected, rel=1e-9)
-
-
 def test_nothing_to_compare_is_zero_with_a_gradient():
     none = nn.Parameter(torch.zeros(0, 4))
     assert global_knowledge_loss(none, torch.zeros(0, 4), torch.zeros(0)).item() == 0
-    loss = response_loss(none, torch.zeros(0, 4), torch.zeros(0))
-    assert loss.item() == 0 and loss.requires_grad
     assert box_means(torch.zeros(1, 3, 4, 4), [torch.zeros(0, 4)], 8).shape == (0, 3)
 
 

@@ -12,13 +12,14 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from distill.distillers import DISTILLER_REGISTRY, Distiller
+from distill.distillers import Distiller
 from distill.modeling.loss_weights import LossWeights
 from distill.prototypes.bank import PrototypeBank
 from tests.helpers import (
     DETECTORS,
     NUM_CLASSES,
     aligned_cfg,
+    built_in,
     detector_cfg,
     distillation_cfg,
     random_batch,
@@ -60,12 +61,9 @@ VARIANTS = {
     "GlobalKnowledgeDistiller": {
         "truth": {"GLOBAL": {"INSTANCES": "ground_truth", "LOCAL_DISTILLER": "ImitationDistiller"}}
     },
+    "LogitDistiller": {"dkd": {"LOGIT": {"KIND": "DKD"}}},
 }
-
-
-def registered() -> list[str]:
-    """The names of our own distillers; other tests register theirs."""
-    return [name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("distill.")]
+DENSE_VARIANTS = {"LogitDistiller": {"bckd": {"LOGIT": {"KIND": "BCKD"}}}}
 
 
 def build(folder: Path, kind: str, distillers: list[str], half_size: bool = False, **overrides) -> nn.Module:
@@ -100,9 +98,11 @@ def step(model: nn.Module, batch: list[dict]) -> dict[str, Tensor]:
 def all_distillers(folder: Path, kind: str, half_size: bool) -> tuple[nn.Module, list[dict]]:
     """A model with all distillers and variants, and two batches: one of them has an image without annotations."""
     torch.manual_seed(0)
-    variants = {label: settings for own in VARIANTS.values() for label, settings in own.items()}
-    names = registered() + [f"{name}/{label}" for name, own in VARIANTS.items() for label in own]
-    model = build(folder, kind, names, half_size, **{"DISTILL.VARIANTS": CfgNode(variants)})
+    variants = list(VARIANTS.items())
+    variants += DENSE_VARIANTS.items() if kind in ("retinanet", "fcos") else []
+    settings = {label: value for _, own in variants for label, value in own.items()}
+    names = built_in(kind) + [f"{name}/{label}" for name, own in variants for label in own]
+    model = build(folder, kind, names, half_size, **{"DISTILL.VARIANTS": CfgNode(settings)})
     batches = [random_batch(*SIZES), random_batch(*SIZES)]
     batches[1][1]["instances"] = batches[1][1]["instances"][[]]
     return model, batches
@@ -118,7 +118,7 @@ def cuda_losses(model: nn.Module, batches: list[dict], dtype: torch.dtype = torc
         for batch in batches:
             with torch.autocast("cuda", torch.float16, enabled=dtype == torch.float16):
                 losses = step(model, batch)
-            assert len(losses) > len(registered()) + sum(map(len, VARIANTS.values()))
+            assert len(losses) > len(model.distillers)
             for key, loss in losses.items():
                 assert loss.device.type == "cuda" and loss.dtype == torch.float32, key
                 assert torch.isfinite(loss.values), key

@@ -7,12 +7,11 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from distill.distillers import DISTILLER_REGISTRY
 from distill.errors import DistillError
 from distill.modeling import build_teacher
 from distill.modeling.teacher import teacher_recipe
 from distill.recipes import LazyRecipe
-from tests.helpers import DETECTORS, ROOT, detector_cfg, distillation_cfg, random_batch, set_all
+from tests.helpers import DETECTORS, ROOT, built_in, detector_cfg, distillation_cfg, random_batch, set_all
 
 try:
     from detectron2.modeling import MViT, SwinTransformer, ViT  # noqa: F401
@@ -49,11 +48,10 @@ def write_lazy_teacher(folder, name):
 
 def distillers_for(kind):
     """Every distiller; global knowledge compares no classifications of boxes with those of anchors."""
-    names = sorted(name for name, _ in DISTILLER_REGISTRY if name in BUILT_IN)
-    return {"DISTILL.DISTILLERS": names, "DISTILL.GLOBAL.RESPONSE_ON": kind not in ("retinanet", "fcos")}
-
-
-BUILT_IN = {name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("distill.")}
+    return {
+        "DISTILL.DISTILLERS": built_in(kind, "mask_rcnn"),
+        "DISTILL.GLOBAL.RESPONSE_ON": kind not in ("retinanet", "fcos"),
+    }
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DETECTORS if kind != "cascade_rcnn"])

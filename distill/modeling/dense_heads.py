@@ -1,0 +1,97 @@
+"""The two towers of Detectron2's dense heads (RetinaNet's, FCOS's), whole and in parts."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+
+
+def has_towers(head: nn.Module | None) -> bool:
+    """Whether a head is one of Detectron2's own, of which parts can be run.
+
+    Args:
+        head: of any detector.
+    """
+    return type(head) is RetinaNetHead or type(head) is FCOSHead
+
+
+def tower_convs(head: nn.Module) -> tuple[list[nn.Conv2d], list[nn.Conv2d]]:
+    """The convolutions of the tower of classes and of that of boxes, the predicting one last.
+
+    Args:
+        head: with towers.
+    """
+    towers = ((head.cls_subnet, head.cls_score), (head.bbox_subnet, head.bbox_pred))
+    return tuple([*(x for x in tower if isinstance(x, nn.Conv2d)), last] for tower, last in towers)
+
+
+def class_logits(head: nn.Module, features: list[Tensor]) -> list[Tensor]:
+    """The classification alone, where the head has towers.
+
+    Args:
+        head: of a dense detector.
+        features: by level, ``Tensor[N, C, H, W]``.
+
+    Returns:
+        By level, ``Tensor[N, A K, H, W]``.
+    """
+    if has_towers(head):
+        return [head.cls_score(head.cls_subnet(level)) for level in features]
+    return head(features)[0]
+
+
+def box_deltas(head: nn.Module, features: list[Tensor]) -> list[Tensor]:
+    """The boxes alone, where the head has towers.
+
+    Args:
+        head: of a dense detector.
+        features: by level, ``Tensor[N, C, H, W]``.
+
+    Returns:
+        By level, ``Tensor[N, 4 A, H, W]``.
+    """
+    if has_towers(head):
+        return [head.bbox_pred(head.bbox_subnet(level)) for level in features]
+    return head(features)[1]
+
+
+def finish_towers(
+    head: nn.Module, classes: Sequence[Tensor], boxes: Sequence[Tensor], num_convs: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Sends features through the last layers of both towers.
+
+    Args:
+        head: with towers.
+        classes: for the tower of classes, by level ``Tensor[N, C, H, W]``.
+        boxes: for the tower of boxes.
+        num_convs: how many convolutions of a tower they go through, before the predicting one.
+
+    Returns:
+        Logits, by level ``Tensor[N, A K, H, W]``, and deltas, ``Tensor[N, 4 A, H, W]``.
+    """
+    outputs = []
+    ends = ((head.cls_subnet, head.cls_score, classes), (head.bbox_subnet, head.bbox_pred, boxes))
+    for tower, predict, features in ends:
+        starts = [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)] + [len(tower)]
+        end = tower[starts[len(starts) - 1 - num_convs] :]
+        outputs.append([predict(end(level)) for level in features])
+    return tuple(outputs)
+
+
+def decode_boxes(detector: nn.Module, deltas: Sequence[Tensor]) -> Tensor:
+    """The boxes of a dense detector's anchors (or points).
+
+    Args:
+        detector: a dense detector.
+        deltas: by level, ``Tensor[N, 4 A, H, W]``.
+
+    Returns:
+        ``Tensor[N, R, 4]``, corners in pixels of the padded image as the detector sees it.
+    """
+    anchors = torch.cat([x.tensor for x in detector.anchor_generator(list(deltas))])
+    flat = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], 1).float()
+    boxes = detector.box2box_transform.apply_deltas(flat.flatten(0, 1), anchors.repeat(len(flat), 1))
+    return boxes.view_as(flat)

@@ -1,0 +1,92 @@
+"""What modules are given and return while a detector trains, recorded for the distillers."""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..errors import DistillError
+from .dense_heads import tower_convs
+
+
+class _Tap:
+    """What something was last given and returned while its module trained. In evaluation nobody takes the record, so it
+    would only hold memory."""
+
+    def __init__(self) -> None:
+        self._record: tuple[Any, Any] | None = None
+
+    @property
+    def has_record(self) -> bool:
+        """Whether it ran since the last :meth:`take`."""
+        return self._record is not None
+
+    def take(self) -> tuple[Any, Any]:
+        """Returns the recorded (first argument, output) and forgets it, so that it holds no graph alive."""
+        if self._record is None:
+            raise DistillError("The student's forward pass did not run its backbone, so there is nothing to distil.")
+        record, self._record = self._record, None
+        return record
+
+    def forget(self) -> None:
+        """Drops a record that nobody took, so that it holds no graph alive."""
+        self._record = None
+
+
+class FeatureTap(_Tap):
+    """Records, by a forward hook, what a module was last given and returned while it trained.
+
+    Args:
+        module: any module. It is not changed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        module.register_forward_hook(self._hook)
+
+    def _hook(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if module.training:
+            self._record = (args[0], output)
+
+
+class TowerTap(_Tap):
+    """Records what each convolution of a dense detector's two towers was given while it trained, by level.
+
+    Args:
+        head: with towers, see :func:`distill.modeling.dense_heads.has_towers`. It is not changed.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        head.register_forward_pre_hook(self._begin)
+        for tower, convs in enumerate(tower_convs(head)):
+            for index, conv in enumerate(convs):
+                conv.register_forward_hook(partial(self._hook, tower, index))
+
+    def _begin(self, head: nn.Module, args: tuple) -> None:
+        if head.training:
+            self._record = args[0], tuple([[] for _ in convs] for convs in tower_convs(head))
+
+    def _hook(self, tower: int, index: int, module: nn.Module, args: tuple, output: Any) -> None:
+        if module.training and self._record is not None:  # a tower may run by itself
+            self._record[1][tower][index].append(args[0])
+
+
+class MethodTap(_Tap):
+    """Records what a method of a module was last given and returned while the module trained.
+
+    Args:
+        owner: any module. Its method is replaced by one that does the same.
+        name: of the method.
+    """
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self._owner, self._method = owner, getattr(owner, name)
+        setattr(owner, name, self._call)  # a bound method, so that a copy of the module has a tap of its own
+
+    def _call(self, *args: Any) -> Any:
+        output = self._method(*args)
+        if self._owner.training:
+            self._record = (args[0], output)
+        return output

@@ -1,0 +1,129 @@
+"""CrossKD: what goes through which head, and which detectors it refuses."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from distill.distillers.instances import mean_over_processes
+from distill.errors import DistillError
+from distill.losses import cross_box_loss, cross_class_loss
+from tests.distillers.test_methods import build_hooks, build_pair, step
+from tests.helpers import aligned_cfg, detector_cfg, distillation_cfg, random_batch, write_teacher
+from tests.modeling.test_aligned_student import SMALL_TEST
+
+CONVS = {"MODEL.RETINANET.NUM_CONVS": 2, "MODEL.FCOS.NUM_CONVS": 2, "MODEL.FCOS.NORM": ""}
+
+
+def flat(levels, width):
+    """Predictions of all levels, ``[N, R, width]``, written by hand: cell by cell, anchor by anchor."""
+    rows = []
+    for level in levels:
+        n, channels, height, width_ = level.shape
+        by_anchor = level.reshape(n, channels // width, width, height, width_)
+        rows.append(by_anchor.permute(0, 3, 4, 1, 2).reshape(n, -1, width))
+    return torch.cat(rows, 1)
+
+
+@pytest.mark.parametrize("num_convs", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_is_the_teachers_head_on_the_students_features(tmp_path, kind, num_convs):
+    given = write_teacher(tmp_path, detector_cfg(kind, **CONVS))
+    overrides = {"DISTILL.CROSSKD.NUM_TEACHER_CONVS": num_convs, "DISTILL.CROSSKD.BETA": 1.5}
+    overrides |= {"DISTILL.DISTILLERS": ["CrossKDDistiller"], "DISTILL.CROSSKD.BOX_WEIGHT": 3.0}
+    model = build_model(distillation_cfg(detector_cfg(kind, **CONVS), given, **overrides)).train()
+    batch = random_batch((64, 96), (61, 75))
+    losses = step(model, batch)
+    student, teacher = model.student, model.teacher.model
+    features = [
+        [view.backbone(view.preprocess_image(batch).tensor)[name] for name in view.head_in_features]
+        for view in (student, teacher)
+    ]
+    predictions = []
+    for own, other, predict, their_end in (
+        ("cls_subnet", "cls_subnet", teacher.head.cls_score, num_convs),
+        ("bbox_subnet", "bbox_subnet", teacher.head.bbox_pred, num_convs),
+    ):
+        layers = 2 * (2 - their_end)  # each convolution has a ReLU behind it
+        inside = [getattr(student.head, own)[:layers](x) for x in features[0]]
+        cross = [predict(getattr(teacher.head, other)[layers:](x)) for x in inside]
+        predictions.append([cross, [predict(getattr(teacher.head, other)(x)) for x in features[1]]])
+    logits = [flat(x, 3) for x in predictions[0]]
+    anchors = torch.cat([x.tensor for x in teacher.anchor_generator(features[1])])
+    boxes = [
+        torch.stack([teacher.box2box_transform.apply_deltas(y, anchors) for y in flat(x, 4)]) for x in predictions[1]
+    ]
+    labels = torch.cat(student.label_anchors(student.anchor_generator(features[0]), [x["instances"] for x in batch])[0])
+    positives = max(1, int(((labels >= 0) & (labels < 3)).sum()))
+    expected = cross_class_loss(*logits, 1.5) / positives, 3 * cross_box_loss(*boxes, logits[1]) / positives
+    torch.testing.assert_close(losses["loss_cross_class"], expected[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["loss_cross_box"], expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_with_other_classes_teaches(tmp_path):
+    given = write_teacher(tmp_path, detector_cfg("retinanet", **{"MODEL.RETINANET.NUM_CLASSES": 7}))
+    overrides = {"DISTILL.DISTILLERS": ["CrossKDDistiller"]}
+    model = build_model(distillation_cfg(detector_cfg("retinanet"), given, **overrides)).train()
+    build_hooks(model)
+    assert step(model, random_batch((64, 96)))["loss_cross_class"] > 0
+
+
+def test_a_student_at_half_the_resolution_learns_from_a_fused_teacher(tmp_path):
+    given = write_teacher(tmp_path, aligned_cfg("retinanet", channels=24))
+    overrides = {
+        "DISTILL.DISTILLERS": ["CrossKDDistiller"],
+        "DISTILL.STUDENT.INPUT_SCALE": 0.5,
+        **SMALL_TEST,
+    }
+    model = build_model(distillation_cfg(aligned_cfg("retinanet", "half"), given, **overrides)).train()
+    build_hooks(model)
+    losses = step(model, random_batch((128, 192), (100, 150)))
+    assert losses["loss_cross_class"] > 0 and losses["loss_cross_box"] > 0
+    sum(losses.values()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.distillers.parameters())
+
+
+def test_images_without_boxes_still_teach(tmp_path):
+    model = build_pair(tmp_path, "retinanet")
+    losses = step(model, random_batch((64, 96), boxes=0))
+    assert losses["loss_cross_class"] > 0 and torch.isfinite(losses["loss_cross_class"])
+
+
+def test_a_student_that_ran_by_itself_leaves_nothing_behind(tmp_path):
+    model = build_pair(tmp_path, "retinanet", teacher_channels=16)
+    batch = random_batch((64, 96))
+    first = step(model, batch)["loss_cross_class"]
+    step(model.student, random_batch((96, 96)))
+    assert step(model, batch)["loss_cross_class"] == first
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"DISTILL.CROSSKD.NUM_TEACHER_CONVS": 2}, "last 2 convolutions.*the RetinaNet's head has 1"),
+        ({"MODEL.RETINANET.IN_FEATURES": ["p3", "p4"], "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32]]}, "needs the same"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused_before_the_first_step(tmp_path, overrides, message):
+    model = build_pair(tmp_path, "retinanet", **overrides)
+    with pytest.raises(DistillError, match=message):
+        build_hooks(model)
+
+
+def test_fewer_than_no_convolutions_are_refused(tmp_path):
+    with pytest.raises(DistillError, match="NUM_TEACHER_CONVS is -1"):
+        build_pair(tmp_path, "retinanet", **{"DISTILL.CROSSKD.NUM_TEACHER_CONVS": -1})
+
+
+def test_a_head_of_other_channels_than_its_features_is_refused(tmp_path):
+    model = build_pair(tmp_path, "retinanet")
+    model.student.head.bbox_pred = torch.nn.Conv2d(8, 12, 3, padding=1)
+    for tower in (model.student.head.cls_subnet, model.student.head.bbox_subnet):
+        tower.append(torch.nn.Conv2d(16, 8, 3))
+    with pytest.raises(DistillError, match="have 8 channels and its features 16|have 16 channels"):
+        model.distillers["CrossKDDistiller"].num_teacher_convs = 0
+        build_hooks(model)
+
+
+def test_nothing_positive_counts_as_one():
+    assert mean_over_processes(0, torch.device("cpu")) == 1
+    assert mean_over_processes(torch.tensor(5), torch.device("cpu")) == 5

@@ -1,0 +1,184 @@
+"""Distillation of classifications: which boxes, which classes, which heads."""
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+from distill.errors import DistillError
+from distill.losses import box_overlap, decoupled_divergence, quality_focal_loss, soft_label_divergence
+from distill.modeling.classes import build_class_map
+from tests.distillers.test_cross_head import flat
+from tests.distillers.test_methods import build_hooks, build_pair, step
+from tests.helpers import detector_cfg, distillation_cfg, random_batch, write_teacher
+
+LOGIT = {"DISTILL.DISTILLERS": ["LogitDistiller"]}
+NODES = {"faster_rcnn": "MODEL.ROI_HEADS", "retinanet": "MODEL.RETINANET", "fcos": "MODEL.FCOS"}
+
+
+def seven_class_pair(tmp_path, kind, classes, **overrides):
+    given = write_teacher(tmp_path, detector_cfg(kind, **{f"{NODES[kind]}.NUM_CLASSES": 7}))
+    overrides = {**LOGIT, "DISTILL.CLASS_MAP": classes, **overrides}
+    return build_model(distillation_cfg(detector_cfg(kind), given, **overrides)).train()
+
+
+@pytest.mark.parametrize("kind", ["KD", "DKD"])
+@pytest.mark.parametrize("classes", [[], ["0=4", "2=1"]])
+def test_a_box_heads_ground_truth_is_compared(tmp_path, kind, classes):
+    settings = {"DISTILL.LOGIT.INSTANCES": "ground_truth", "DISTILL.LOGIT.KIND": kind, "DISTILL.LOGIT.TEMPERATURE": 2.0}
+    if classes:
+        model = seven_class_pair(tmp_path, "faster_rcnn", classes, **settings)
+    else:
+        model = build_pair(tmp_path, "faster_rcnn", names=["LogitDistiller"], **settings)
+    batch = random_batch((64, 96), (61, 75))
+    loss = step(model, batch)["loss_logit"]
+    logits = []
+    for detector in (model.student, model.teacher.model):
+        features = detector.backbone(detector.preprocess_image(batch).tensor)
+        heads = detector.roi_heads
+        pooled = heads.box_pooler(
+            [features[x] for x in heads.box_in_features], [x["instances"].gt_boxes for x in batch]
+        )
+        logits.append(heads.box_predictor(heads.box_head(pooled))[0])
+    labels = torch.cat([x["instances"].gt_classes for x in batch])
+    if classes:
+        kept = labels != 1
+        logits = logits[0][kept][:, [0, 2, 3]], logits[1][kept][:, [4, 1, 7]]
+        labels = torch.tensor([{0: 0, 2: 1}[x] for x in labels[kept].tolist()])
+    if kind == "KD":
+        expected = soft_label_divergence(*logits, 2.0).mean()
+    else:
+        expected = decoupled_divergence(*logits, labels, 1.0, 0.25, 2.0).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [[], ["0=4", "2=1"]])
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_bckd_compares_all_anchors_and_their_boxes(tmp_path, kind, classes):
+    settings = {"DISTILL.LOGIT.KIND": "BCKD", "MODEL.FCOS.NORM": ""}
+    if classes:
+        model = seven_class_pair(tmp_path, kind, classes, **settings)
+    else:
+        model = build_pair(tmp_path, kind, names=["LogitDistiller"], **settings)
+    batch = random_batch((64, 96), (61, 75))
+    losses = step(model, batch)
+    student = model.student
+    logits, boxes = [], []
+    for detector, number in ((student, 3), (model.teacher.model, 7 if classes else 3)):
+        features = detector.backbone(detector.preprocess_image(batch).tensor)
+        features = [features[x] for x in detector.head_in_features]
+        with torch.no_grad():
+            outputs = detector.head(features)
+        logits.append(flat(outputs[0], number))
+        anchors = torch.cat([x.tensor for x in detector.anchor_generator(features)])
+        boxes.append(torch.stack([detector.box2box_transform.apply_deltas(x, anchors) for x in flat(outputs[1], 4)]))
+    if classes:
+        logits = logits[0][..., [0, 2]], logits[1][..., [4, 1]]
+    scores = logits[1].sigmoid()
+    anchors = student.anchor_generator(features)
+    labels = torch.cat(student.label_anchors(anchors, [x["instances"] for x in batch])[0])
+    positives = max(1, int(((labels >= 0) & (labels < 3)).sum()))
+    expected = quality_focal_loss(logits[0], scores).sum() / positives
+    torch.testing.assert_close(losses["loss_logit"], expected, rtol=1e-4, atol=1e-6)
+    weights = (scores - logits[0].sigmoid()).abs().amax(2)
+    expected = 4 * (weights * (1 - box_overlap(*boxes))).sum() / positives
+    torch.testing.assert_close(losses["loss_logit_box"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_global_knowledge_takes_a_class_map_too(tmp_path, kind):
+    overrides = {"DISTILL.DISTILLERS": ["GlobalKnowledgeDistiller"]}
+    model = seven_class_pair(tmp_path, kind, ["0=4", "2=1"], **overrides)
+    build_hooks(model)
+    losses = step(model, random_batch((64, 96), (61, 75)))
+    assert torch.isfinite(losses["loss_response"])
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_images_without_boxes_give_zero(tmp_path, kind):
+    model = build_pair(tmp_path, kind, names=["LogitDistiller"])
+    losses = step(model, random_batch((64, 96), boxes=0))
+    assert losses["loss_logit"] == 0
+    sum(losses.values()).backward()
+
+
+def test_other_classes_are_refused_before_the_first_step(tmp_path):
+    model = seven_class_pair(tmp_path, "faster_rcnn", [])
+    with pytest.raises(DistillError, match="has 3 classes and the teacher 7.*DISTILL.CLASS_MAP"):
+        build_hooks(model)
+    model = seven_class_pair(tmp_path, "faster_rcnn", ["0=7"])
+    with pytest.raises(DistillError, match="class 7 of the teacher, which has 7"):
+        build_hooks(model)
+
+
+def test_one_class_of_a_dense_head_is_refused(tmp_path):
+    model = seven_class_pair(tmp_path, "retinanet", ["0=1"])
+    with pytest.raises(DistillError, match="one class only: choose BCKD"):
+        build_hooks(model)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("KIND", "CE", "KIND is 'CE': expected one of KD, DKD, BCKD"),
+        ("INSTANCES", "all", "INSTANCES is 'all'"),
+        ("TEMPERATURE", 0.0, "TEMPERATURE is 0.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tmp_path, key, value, message):
+    with pytest.raises(DistillError, match=message):
+        build_pair(tmp_path, "faster_rcnn", names=["LogitDistiller"], **{f"DISTILL.LOGIT.{key}": value})
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A config whose student knows cell, dog and person, and whose teacher is of COCO."""
+    DatasetCatalog.register("classes_of_the_student", lambda: [])
+    MetadataCatalog.get("classes_of_the_student").thing_classes = ["cell", "dog", "person"]
+    cfg = detector_cfg("faster_rcnn", **{"DATASETS.TRAIN": ["coco_2017_train"]})
+    cfg = distillation_cfg(detector_cfg("faster_rcnn"), write_teacher(tmp_path, cfg))
+    cfg.DATASETS.TRAIN = ("classes_of_the_student",)
+    yield cfg
+    DatasetCatalog.remove("classes_of_the_student")
+    MetadataCatalog.remove("classes_of_the_student")
+
+
+@pytest.mark.parametrize(
+    "pairs, expected",
+    [
+        ([], None),
+        (["names"], {1: 16, 2: 0}),
+        (["cell=dog", "person=person"], {0: 16, 2: 0}),
+        (["cell=5"], {0: 5}),
+        (["1=3", "0=2"], {1: 3, 0: 2}),
+    ],
+)
+def test_class_maps(named, pairs, expected):
+    named.DISTILL.CLASS_MAP = pairs
+    assert build_class_map(named) == expected
+
+
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        (["cell"], r"CLASS_MAP is \['cell'\]: expected \[\]"),
+        (["cell=dog=2"], "expected"),
+        (["cat=cat"], "names the class 'cat': expected one of cell, dog, person"),
+        (["cell=dog", "dog=dog"], "names a class twice"),
+        (["0=1", "0=2"], "names a class twice"),
+    ],
+)
+def test_class_maps_that_mean_nothing_are_refused(named, pairs, message):
+    named.DISTILL.CLASS_MAP = pairs
+    with pytest.raises(DistillError, match=message):
+        build_class_map(named)
+
+
+def test_names_that_are_not_known_are_refused(named):
+    named.DISTILL.CLASS_MAP = ["names"]
+    MetadataCatalog.get("classes_of_the_student").thing_classes[:] = ["cell", "nucleus"]
+    with pytest.raises(DistillError, match="no class of the student is called as one of the teacher's"):
+        build_class_map(named)
+    named.DATASETS.TRAIN = ("nowhere",)
+    with pytest.raises(DistillError, match="those of the student are not known.*'nowhere'"):
+        build_class_map(named)
