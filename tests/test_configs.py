@@ -17,7 +17,7 @@ CONFIGS = sorted(
     for path in (ROOT / folder).rglob("*.yaml")
     if not path.name.startswith("Base") and path.parent.name != "suites"
 )
-METHODS = ("review", "structural", "global", "aligned", "fgd", "mgd", "cwd", "pearson")
+METHODS = ("review", "structural", "global", "aligned", "fgd", "mgd", "cwd", "pearson", "crosskd", "logit")
 # folders and last words of configs without distillation
 PLAIN = {"coco", "voc", "teacher", "student"}
 
@@ -54,6 +54,8 @@ def test_builds_and_takes_a_step(path: Path, monkeypatch):
         "mgd": "loss_mgd",
         "cwd": "loss_cwd",
         "pearson": "loss_pearson",
+        "crosskd": "loss_cross_class",
+        "logit": "loss_logit",
         "AttentionTransfer": "loss_attention",
     }
     words = (path.parent.name, path.stem.split("_")[0], path.stem.split("_")[-1])
@@ -67,6 +69,15 @@ def test_the_papers_configs_are_not_balanced():
     assert len(papers) > 15 and all(load_config(str(path)).DISTILL.BALANCE == 0 for path in papers)
 
 
+def test_the_published_settings_of_crosskd_and_logit():
+    crosskd = load_config(str(ROOT / "configs" / "crosskd" / "retinanet_R50_R101.yaml")).DISTILL.CROSSKD
+    assert (crosskd.CLASS_WEIGHT, crosskd.BOX_WEIGHT, crosskd.BETA, crosskd.NUM_TEACHER_CONVS) == (1, 1, 1, 1)
+    logit = load_config(str(ROOT / "configs" / "logit" / "faster_rcnn_R50_R101.yaml")).DISTILL.LOGIT
+    assert (logit.KIND, logit.ALPHA, logit.BETA, logit.TEMPERATURE) == ("DKD", 1, 0.25, 1)
+    logit = load_config(str(ROOT / "configs" / "logit" / "retinanet_R50_R101.yaml")).DISTILL.LOGIT
+    assert (logit.KIND, logit.LOSS_WEIGHT, logit.BOX_WEIGHT) == ("BCKD", 1, 4)
+
+
 def test_the_published_settings_of_fgd_mgd_cwd_and_pearson():
     factors = ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "GLOBAL_WEIGHT", "TEMPERATURE")
     expected = {
@@ -74,7 +85,7 @@ def test_the_published_settings_of_fgd_mgd_cwd_and_pearson():
         "faster_rcnn_R50_R101": ((5e-5, 2.5e-5, 5e-5, 5e-7, 0.5), ["p2", "p3", "p4", "p5"], (5e-7, 0.45), 6.0),
     }
     for name, (fgd, levels, mgd, pearson) in expected.items():
-        own = {method: load_config(str(ROOT / "configs" / method / f"{name}.yaml")).DISTILL for method in METHODS[4:]}
+        own = {method: load_config(str(ROOT / "configs" / method / f"{name}.yaml")).DISTILL for method in METHODS[4:8]}
         assert tuple(own["fgd"].FGD[key] for key in factors) == fgd and levels == own["fgd"].FGD.LEVELS
         assert mgd == (own["mgd"].MGD.LOSS_WEIGHT, own["mgd"].MGD.MASK_RATIO) and levels == own["mgd"].MGD.LEVELS
         assert (own["cwd"].CWD.LOSS_WEIGHT, own["cwd"].CWD.TEMPERATURE) == (10.0, 1.0)
