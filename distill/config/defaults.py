@@ -25,6 +25,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.DISTILL.STUDENT.INPUT_SCALE = 1.0
     # How training images become smaller for it: "bilinear" (antialiased, as Detectron2 resizes) or "nearest"
     _C.DISTILL.STUDENT.DOWNSAMPLING = "bilinear"
+    # Levels of the student that are compared with one of another name, as "STUDENT=TEACHER", such as ["res4=p4"] for a
+    # C4 student of a teacher with FPN. Their strides must agree.
+    _C.DISTILL.STUDENT.LEVELS = []
 
     _C.DISTILL.TEACHER = CN()
     # A config file, or the name of a config in Detectron2's model zoo

@@ -144,7 +144,8 @@ def shared_levels(
     if not levels:
         raise DistillError(
             f"Student and teacher share no level: the student has {', '.join(student_shape)}, the teacher "
-            f"{', '.join(teacher_shape)}. Give both an FPN with levels of the same names."
+            f"{', '.join(teacher_shape)}. Give both an FPN with levels of the same names, or say by "
+            "DISTILL.STUDENT.LEVELS which level is which."
         )
     for level in levels:
         strides = student_shape[level].stride, teacher_shape[level].stride

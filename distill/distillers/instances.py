@@ -171,7 +171,10 @@ def check_classifications(
         DistillError: they are of different families, or have different classes and no map.
     """
     differences = []
-    if student.has_box_head != teacher.has_box_head:
+    for side, view in (("student", student), ("teacher", teacher)):
+        if not (view.has_box_head or view.is_dense):
+            differences.append(f"the {side} has no box head that takes boxes by themselves (C4 has none)")
+    if not differences and student.has_box_head != teacher.has_box_head:
         kinds = ["boxes" if view.has_box_head else "anchors" for view in (student, teacher)]
         differences.append(f"the student classifies {kinds[0]} and the teacher {kinds[1]}")
     if class_map is None and student.num_classes != teacher.num_classes:

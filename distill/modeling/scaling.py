@@ -100,6 +100,8 @@ class Scaling:
     Args:
         scale: 2^-k for a whole k, 1.0 for none.
         downsampling: see :func:`downsample`.
+        named: pairs of a level of the scaled detector and the level of the other that it is compared with, where their
+            names do not say so.
 
     Raises:
         DistillError: the scale is no such number, or the downsampling is unknown.
@@ -107,6 +109,7 @@ class Scaling:
 
     scale: float = 1.0
     downsampling: str = "bilinear"
+    named: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 1 or not math.log2(self.scale).is_integer():
@@ -162,19 +165,33 @@ class Scaling:
             other: the levels of the detector that sees whole images.
 
         Returns:
-            The common name by own name: the other's, for levels that have a counterpart. At scale 1 all keep their own.
+            The common name by own name: the other's, for levels that have a counterpart. At scale 1 all keep their own
+            but for those of ``named``.
 
         Raises:
-            DistillError: no level has a counterpart.
+            DistillError: no level has a counterpart, or ``named`` names what is not there.
         """
+        named = dict(self.named)
+        for side, names, shape in (("student", named, own), ("teacher", named.values(), other)):
+            lacking = [name for name in names if name not in shape]
+            if lacking:
+                raise DistillError(
+                    f"DISTILL.STUDENT.LEVELS names the level {lacking[0]} of the {side}, which has {', '.join(shape)}."
+                )
         if self.scale == 1:
-            return {name: name for name in own}
+            names = {name: named.get(name, name) for name in own}
+            if len(set(names.values())) < len(names):
+                raise DistillError(
+                    f"DISTILL.STUDENT.LEVELS {[f'{a}={b}' for a, b in self.named]} gives two of the student's levels "
+                    f"one name; it has {', '.join(own)}. Name each level of the teacher once."
+                )
+            return names
         by_stride = {shape.stride: name for name, shape in other.items()}
         names = {
             name: by_stride[shape.stride * self.factor]
             for name, shape in own.items()
             if shape.stride * self.factor in by_stride
-        }
+        } | named
         if not names:
             strides = [[f"{name}: {shape.stride}" for name, shape in side.items()] for side in (own, other)]
             raise DistillError(
@@ -205,7 +222,14 @@ def build_scaling(cfg: CfgNode) -> Scaling:
         DistillError: see :class:`Scaling`; or the student is tested on larger images than it is trained on, as when
             INPUT.MIN_SIZE_TEST was left at the teacher's.
     """
-    scaling = Scaling(cfg.DISTILL.STUDENT.INPUT_SCALE, cfg.DISTILL.STUDENT.DOWNSAMPLING)
+    pairs = [pair.split("=") for pair in cfg.DISTILL.STUDENT.LEVELS]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise DistillError(
+            f"DISTILL.STUDENT.LEVELS is {list(cfg.DISTILL.STUDENT.LEVELS)}: expected pairs 'STUDENT=TEACHER' of "
+            "levels, such as ['res4=p4']."
+        )
+    named = tuple((own, theirs) for own, theirs in pairs)
+    scaling = Scaling(cfg.DISTILL.STUDENT.INPUT_SCALE, cfg.DISTILL.STUDENT.DOWNSAMPLING, named)
     if scaling.scale < 1:
         trained = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
         for key, size in zip(("MIN_SIZE_TEST", "MAX_SIZE_TEST"), trained):
