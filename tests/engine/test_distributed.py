@@ -3,6 +3,7 @@
 import json
 
 import torch
+from detectron2.config import CfgNode
 
 from tests.helpers import detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
 
@@ -12,6 +13,32 @@ def test_objects_are_gathered_under_torchrun_on_cuda():
     result = run_script(*torchrun, "tests/engine/gather_worker.py")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "cpu:gloo,cuda:gloo ['rank 0', 'rank 1'] [0, 1]" in result.stdout
+
+
+def steps(tmp_path, cfg, batch):
+    """What one process and two of them log of a step and have as weights after it, and the weights before."""
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    torch.save(batch, tmp_path / "batch.pth")
+    worker = ["tests/engine/step_worker.py", str(tmp_path / "cfg.yaml"), str(tmp_path / "batch.pth"), "OUTPUT_DIR"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    losses, weights = [], []
+    for name, launcher in (("one", []), ("two", torchrun)):
+        result = run_script(*launcher, *worker, str(tmp_path / name))
+        assert result.returncode == 0, result.stderr[-3000:]
+        record = json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[-1])
+        losses.append({key: value for key, value in record.items() if "loss" in key or "ratio" in key})
+        weights.append(torch.load(tmp_path / name / "model_final.pth")["model"])
+    assert losses[0].keys() == losses[1].keys()
+    return losses, weights, torch.load(tmp_path / "batch.pth.initial")
+
+
+def check_equal(losses, weights, initial, names=None):
+    for key in names or losses[0]:
+        assert abs(losses[0][key] - losses[1][key]) <= 1e-4 * max(1, abs(losses[0][key])), key
+    for key, before in initial.items():
+        if names is None or key.startswith("distillers."):
+            updates = [after[key] - before for after in weights]
+            torch.testing.assert_close(*updates, rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_two_processes_step_like_one(tmp_path):
@@ -28,36 +55,46 @@ def test_two_processes_step_like_one(tmp_path):
             "SOLVER.WARMUP_ITERS": 0,
         },
     )
+    # Pearson correlation and structural similarity standardise by the images of a process, as published
+    names = ["Review", "Imitation", "FGD", "MGD", "CWD", "Logit"]
     cfg = distillation_cfg(
         student,
         write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=32)),
         **{
-            "DISTILL.DISTILLERS": ["ReviewDistiller", "ImitationDistiller"],
+            "DISTILL.DISTILLERS": [f"{name}Distiller" for name in names],
             "DISTILL.REVIEW.NORM": "GN",
             "DISTILL.REVIEW.MID_CHANNELS": 32,
+            "DISTILL.MGD.MASK_RATIO": 0.0,  # what is masked is drawn by each process
             "DISTILL.BALANCE": 0.5,
         },
     )
-    (tmp_path / "cfg.yaml").write_text(cfg.dump())
-    torch.save(random_batch((64, 96), (64, 96), (60, 96), (64, 90)), tmp_path / "batch.pth")
-    worker = ["tests/engine/step_worker.py", str(tmp_path / "cfg.yaml"), str(tmp_path / "batch.pth"), "OUTPUT_DIR"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    losses, weights = [], []
-    for name, launcher in (("one", []), ("two", torchrun)):
-        result = run_script(*launcher, *worker, str(tmp_path / name))
-        assert result.returncode == 0, result.stderr[-3000:]
-        record = json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[-1])
-        losses.append({key: value for key, value in record.items() if "loss" in key or "ratio" in key})
-        weights.append(torch.load(tmp_path / name / "model_final.pth")["model"])
-    assert losses[0].keys() == losses[1].keys() and losses[0]["loss_review"] > 0
+    batch = random_batch((64, 96), (64, 96), (60, 96), (64, 90))
+    losses, weights, initial = steps(tmp_path, cfg, batch)
+    assert losses[0]["loss_review"] > 0 and losses[0]["loss_logit"] > 0
     assert losses[0]["weight/loss_review"] != 1 != losses[0]["weight/loss_imitation"]
-    for name in ("ReviewDistiller", "ImitationDistiller"):
-        assert abs(losses[0][f"gradient_ratio/{name}"] - 0.5) < 1e-4
-    for key, value in losses[0].items():
-        assert abs(value - losses[1][key]) <= 1e-4 * max(1, abs(value)), key
-    initial = torch.load(tmp_path / "batch.pth.initial")
-    for key, before in initial.items():
-        updates = [after[key] - before for after in weights]
-        torch.testing.assert_close(*updates, rtol=1e-3, atol=1e-5, msg=key)
+    for name in ("Review", "Imitation"):
+        assert abs(losses[0][f"gradient_ratio/{name}Distiller"] - 0.5) < 1e-4
+    check_equal(losses, weights, initial)
     moved = {key for key, before in initial.items() if not torch.equal(weights[1][key], before)}
     assert {key.split(".")[0] for key in moved} == {"backbone", "proposal_generator", "roi_heads", "distillers"}
+
+
+def test_two_processes_distil_a_dense_detector_like_one(tmp_path):
+    # The images have different numbers of positive anchors. Detectron2 counts those of each process for the detection
+    # losses, so that these differ; the distillers' do not.
+    settings = {"SOLVER.MAX_ITER": 1, "SOLVER.BASE_LR": 0.01, "SOLVER.WARMUP_ITERS": 0}
+    cfg = distillation_cfg(
+        detector_cfg("retinanet", **settings),
+        write_teacher(tmp_path, detector_cfg("retinanet", channels=32)),
+        **{
+            "DISTILL.DISTILLERS": ["CrossKDDistiller", "LogitDistiller", "LogitDistiller/binary"],
+            "DISTILL.VARIANTS": CfgNode({"binary": {"LOGIT": {"KIND": "BCKD"}}}),
+            "DISTILL.GRADIENT_LOG_PERIOD": 0,
+        },
+    )
+    batch = [x for boxes in (1, 3, 2, 6) for x in random_batch((64, 96), boxes=boxes)]
+    losses, weights, initial = steps(tmp_path, cfg, batch)
+    names = ["loss_cross_class", "loss_cross_box", "loss_logit", "loss_logit_binary", "loss_logit_box_binary"]
+    assert all(losses[0][name] > 0 for name in names)
+    check_equal(losses, weights, initial, names)
+    assert any(not torch.equal(weights[1][key], initial[key]) for key in initial if key.startswith("distillers."))
