@@ -12,8 +12,11 @@ venv: $(VENV)/.complete
 $(VENV)/.complete: tools/setup_venv.sh tools/install_detectron2.py setup.py constraints.txt
 	@PYTHON="$(PYTHON)" bash tools/setup_venv.sh "$(VENV)"
 
+# so many tests at a time, of one thread each
+WORKERS ?= 2
+
 test: venv
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
 lint: venv
 	$(PY) -m ruff check .

@@ -210,12 +210,18 @@ def averaging(fpn):
     return fpn.eval().requires_grad_(False)
 
 
+def script_environment() -> dict[str, str]:
+    """Of a script of the project, with one thread, and without a GPU."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
 def run_script(*args: str, cwd: Path = ROOT, timeout: int = 1200, **env: str) -> subprocess.CompletedProcess:
-    """Runs a script of the project as a user does, with one thread."""
+    """Runs a script of the project as a user does."""
     return subprocess.run(
         [sys.executable, *args],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **env},
+        env={**script_environment(), **env},
         capture_output=True,
         text=True,
         timeout=timeout,

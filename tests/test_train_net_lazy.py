@@ -1,7 +1,6 @@
 """train_net.py with Python configs: what a yaml config promises holds for them, too."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import DistillationModel
 from distill.recipes import LazyRecipe, lazy_recipe, load_recipe, translate_message
-from tests.helpers import ROOT, detector_cfg, run_script, write_teacher
+from tests.helpers import ROOT, detector_cfg, run_script, script_environment, write_teacher
 from tests.modeling.test_lazy_teachers import write_lazy_teacher
 from tests.test_train_net import SMALL_SCENES, read_metrics
 
@@ -84,8 +83,9 @@ def test_a_distill_node_a_kill_and_two_processes(tmp_path):
     more = f"distill = dict({node!r})\ntrain.max_iter, train.checkpointer.period = 1000, 2\n"
     config = write_student(tmp_path, more=more)
     command = [sys.executable, "train_net.py", "--num-gpus", "2", "--config-file", config]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=script_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     last, deadline = tmp_path / "out" / "last_checkpoint", time.time() + 400
     while not (last.exists() and last.read_text()):
         assert process.poll() is None and time.time() < deadline

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from fvcore.nn import FlopCountAnalysis
@@ -59,6 +60,20 @@ BACKBONE = "student's backbone alone, forward and backward"
 OWN = "student's own step"
 
 
+@torch.no_grad()
+def settle(detector: nn.Module) -> None:
+    """Scales down what each residual block adds. Random weights under frozen norms would double the features' variance
+    with each block, to beyond float16's largest number.
+
+    Args:
+        detector: with random weights.
+    """
+    for block in detector.modules():
+        if isinstance(block, BasicBlock | BottleneckBlock):
+            last = block.conv3 if isinstance(block, BottleneckBlock) else block.conv2
+            last.norm.weight.fill_(0.2)
+
+
 def build_model(recipe: Recipe) -> tuple[DistillationModel, Recipe]:
     """Student, teacher and distillers with random weights.
 
@@ -72,8 +87,10 @@ def build_model(recipe: Recipe) -> tuple[DistillationModel, Recipe]:
     source = teacher_recipe(cfg)
     drop_backbone_weights(cfg)
     drop_backbone_weights(source.cfg)
-    student = recipe.build_detector()
-    teacher = Teacher(source.build_detector(), dtype=distill_dtype(cfg))
+    student, detector = recipe.build_detector(), source.build_detector()
+    settle(student)
+    settle(detector)
+    teacher = Teacher(detector, dtype=distill_dtype(cfg))
     scaling = build_scaling(cfg)
     levels = student.backbone.output_shape(), teacher.output_shape
     distillers = build_distillers(cfg, scaling.shape(*levels), teacher.output_shape)

@@ -25,13 +25,18 @@ from detectron2.utils.logger import setup_logger
 from measuring import random_batch
 from tabulate import tabulate
 
+from distill.config import load_config, student_config
 from distill.modeling import DistillationModel
 from distill.modeling.precision import autocast, keep_coordinates
 from distill.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ("configs/review/retinanet_R50_R101.yaml", "configs/review/faster_rcnn_R50_R101.yaml")
-FEATURE_METHODS = ["ReviewDistiller", "StructuralDistiller", "ImitationDistiller"]
+DENSE = ("RetinaNet", "FCOS")
+# Those that need no sampled boxes, which differ from device to device
+FEATURE_METHODS = [f"{name}Distiller" for name in ("Review", "Structural", "Imitation", "FGD", "MGD", "CWD", "Pearson")]
+DENSE_METHODS = ["CrossKDDistiller", "LogitDistiller"]
+FIXED = ["DISTILL.MGD.MASK_RATIO", "0.0"]  # a random mask, too
 SMALL = ["SOLVER.IMS_PER_BATCH", "2", "INPUT.MIN_SIZE_TRAIN", "(256,)", "INPUT.MAX_SIZE_TRAIN", "320"]
 LARGE = ["SOLVER.IMS_PER_BATCH", "2", "INPUT.MIN_SIZE_TRAIN", "(800,)", "INPUT.MAX_SIZE_TRAIN", "1333"]
 # How far the losses may be from those in float32 on the CPU
@@ -42,19 +47,20 @@ def compare_losses(config: str, device: str, precisions: list[str]) -> list[dict
     """Runs the same step on the CPU in float32, and on a device in each precision.
 
     Args:
-        config: whose distillers become those that need no sampled boxes, which differ from device to device.
+        config: whose distillers become all those of FEATURE_METHODS, and for a dense detector of DENSE_METHODS.
         device: such as "cuda".
         precisions: names of torch's types.
 
     Returns:
         A row for each precision, with the largest relative difference among the losses that do not depend on sampling.
     """
-    recipe = load_recipe(config, [*SMALL, "MODEL.DEVICE", "cpu", "DISTILL.DISTILLERS", str(FEATURE_METHODS)])
+    methods = FEATURE_METHODS + DENSE_METHODS * (student_config(load_config(config)).MODEL.META_ARCHITECTURE in DENSE)
+    recipe = load_recipe(config, [*SMALL, *FIXED, "MODEL.DEVICE", "cpu", "DISTILL.DISTILLERS", str(methods)])
     torch.manual_seed(0)
     model, _ = build_model(recipe)
     batch = random_batch(recipe.cfg, (0, 0))
     wanted = _losses(copy.deepcopy(model), batch, "cpu", "float32")
-    is_dense = hasattr(model.student, "head_in_features")
+    is_dense = type(model.student).__name__ in DENSE
     rows = []
     for precision in precisions:
         found = _losses(copy.deepcopy(model), batch, device, precision)

@@ -20,7 +20,16 @@ from distill.engine import launch as launch_module
 from distill.engine.checkpoints import last_finite_checkpoint
 from distill.engine.launch import ddp_device_ids
 from distill.errors import DistillError
-from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, run_script, set_all, write_teacher
+from tests.helpers import (
+    ROOT,
+    detector_cfg,
+    distillation_cfg,
+    random_batch,
+    run_script,
+    script_environment,
+    set_all,
+    write_teacher,
+)
 
 WORKER = "tests/engine/failure_worker.py"
 
@@ -96,7 +105,7 @@ def test_no_process_outlives_its_parent(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, WORKER, "sleep", str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=script_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
