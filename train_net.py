@@ -21,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from distill.config import check_output_dir, check_solver, student_config
-from distill.data import check_datasets, register_datasets
+from distill.data import check_datasets, register_from_config
 from distill.engine import Trainer, agreed_checkpoint, launch
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
@@ -74,7 +74,7 @@ def setup(args: Namespace) -> Recipe:
     on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
-    register_datasets(cfg.DATASETS.REGISTER)
+    register_from_config(cfg)
     check_datasets(cfg)
     recipe.check_evaluation(args.eval_only)
     if not args.eval_only:

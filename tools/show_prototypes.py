@@ -22,7 +22,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
-from distill.data import register_datasets
+from distill.data import register_from_config
 from distill.errors import DistillError
 from distill.recipes import load_recipe
 
@@ -120,7 +120,7 @@ def show(config_file: str, weights: str, output: str, only: list[str], margin: f
     levels = read_prototypes(weights)
     recipe = load_recipe(config_file, opts)
     cfg = recipe.cfg
-    register_datasets(cfg.DATASETS.REGISTER)
+    register_from_config(cfg)
     images = recipe.training_images()
     last = max(int(kept["images"].max()) for kept in levels.values())
     if last >= len(images):

@@ -225,8 +225,15 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Of BCKD: factor of the boxes' loss
     _C.DISTILL.LOGIT.BOX_WEIGHT = 4.0
 
-    # Data sets to register first: "name=voc:ROOT:SPLIT[:class,class,...]" or "name=coco:JSON:IMAGE_ROOT"
+    # Data sets to register first: "name=voc:ROOT:SPLIT[:class,class,...]", "name=coco:JSON:IMAGE_ROOT[:SPLIT]" or
+    # "name=yolo:data.yaml:SPLIT". Without lists of images, SPLIT is "all", or a share: 0.8, and -0.2 for its rest
     _C.DATASETS.REGISTER = []
+    # What faults in their images and boxes do: "error", "skip" (faulty images are left out), "off" (nobody looks)
+    _C.DATASETS.CHECK = "error"
+    # By which metric they are evaluated: "coco", "voc", or "" for the format's own
+    _C.DATASETS.METRIC = ""
+    # What is done with an image whose file is cut off: "error" (a fault, see DATASETS.CHECK), or "load" what is there
+    _C.INPUT.TRUNCATED = "error"
 
     # "SGD" (with SOLVER.MOMENTUM and NESTEROV) or "AdamW"
     _C.SOLVER.OPTIMIZER = "SGD"

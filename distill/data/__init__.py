@@ -2,8 +2,8 @@
 
 from .digit_scenes import register_digit_scenes
 from .mapper import CheckedMapper
-from .register import check_datasets, check_evaluators, register_datasets
+from .register import check_datasets, register_datasets, register_from_config
 
 register_digit_scenes()
 
-__all__ = ["CheckedMapper", "check_datasets", "check_evaluators", "register_datasets", "register_digit_scenes"]
+__all__ = ["CheckedMapper", "check_datasets", "register_datasets", "register_digit_scenes", "register_from_config"]

@@ -142,7 +142,14 @@ class Trainer(TrainerBase):
         return self.cfg.VIS_PERIOD > 0 and isinstance(getattr(model, "student", model), DenseDetector)
 
     def _evaluate(self) -> dict:
-        self._results = self.recipe.evaluate(self.model)
+        try:
+            self._results = self.recipe.evaluate(self.model)
+        except Exception as error:  # of an evaluator, of a data set
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise DistillError(
+                f"The evaluation after iteration {self.iter} failed: {reason} What was learned is safe in "
+                f"{self.cfg.OUTPUT_DIR}: mend the cause, then evaluate by --eval-only --resume, or go on by --resume."
+            ) from error
         return self._results
 
     def resume_or_load(self, resume: bool = True) -> None:

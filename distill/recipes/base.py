@@ -9,19 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    PascalVOCDetectionEvaluator,
-    inference_on_dataset,
-    print_csv_format,
-)
+from detectron2.data import build_detection_test_loader
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import DistillError
+from ..evaluation import build_evaluator
 
 logger = logging.getLogger(__name__)
 
@@ -174,17 +169,9 @@ class Recipe(abc.ABC):
             Detectron2's evaluator.
 
         Raises:
-            DistillError: the data set says neither "coco" nor "pascal_voc".
+            DistillError: see :func:`distill.evaluation.check_evaluators`.
         """
-        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if evaluator_type == "coco":
-            return COCOEvaluator(dataset_name, output_dir=f"{self.cfg.OUTPUT_DIR}/{folder}")
-        if evaluator_type == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        raise DistillError(
-            f"The data set {dataset_name} has the evaluator_type {evaluator_type!r}: expected 'coco' or 'pascal_voc' "
-            "in its metadata."
-        )
+        return build_evaluator(self.cfg, dataset_name, f"{self.cfg.OUTPUT_DIR}/{folder}")
 
 
 def evaluate_on(model: nn.Module, loader: Iterable, evaluator: DatasetEvaluator, name: str) -> dict:

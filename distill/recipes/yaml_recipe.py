@@ -23,8 +23,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import auto_scale_workers, drop_backbone_weights, plain_config, resolve_config_file, student_config
-from ..data import CheckedMapper, check_evaluators
+from ..data import CheckedMapper
 from ..errors import DistillError
+from ..evaluation import check_evaluators
 from .base import Mapper, Recipe
 
 

@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
-from distill.data import register_datasets
+from distill.data import register_from_config
 from distill.engine import Trainer
 
 logger = logging.getLogger("detectron2.evidence")
@@ -20,7 +20,7 @@ class _Steps:
     """A training that is taken one step at a time, with the distillers' hooks and without those that write."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        register_datasets(cfg.DATASETS.REGISTER)
+        register_from_config(cfg)
         self.trainer = Trainer(cfg)
         self.trainer.resume_or_load(resume=False)
         own = [hook for hook in self.trainer._hooks if type(hook).__module__.startswith("distill")]

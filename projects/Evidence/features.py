@@ -17,7 +17,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from distill.config import load_config, student_config
-from distill.data import register_datasets
+from distill.data import register_from_config
 from distill.losses import region_weights
 from distill.modeling.checkpoint import load_detector
 
@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     setup_logger(name="distill")
     cfg = student_config(load_config(args.config_file, args.opts))
-    register_datasets(cfg.DATASETS.REGISTER)
+    register_from_config(cfg)
     model = load_detector(cfg, "detector").eval()
     mapper = DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)[: args.images]

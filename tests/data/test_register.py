@@ -4,9 +4,11 @@ import json
 
 import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from PIL import Image
 
-from distill.data import CheckedMapper, check_datasets, check_evaluators, register_datasets
+from distill.data import CheckedMapper, check_datasets, register_datasets
 from distill.errors import DistillError
+from distill.evaluation import check_evaluators
 from tests.helpers import NUM_CLASSES, detector_cfg, set_all
 from tests.test_train_net import make_voc
 
@@ -52,6 +54,7 @@ def test_voc_2007_and_given_classes(tmp_path):
 
 
 def test_coco_classes_are_sorted_by_id(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     register_datasets([f"c=coco:{write_coco(tmp_path)}:{tmp_path}"])
     assert MetadataCatalog.get("c").thing_classes == ["apple", "zebra"]
     assert MetadataCatalog.get("c").evaluator_type == "coco" and len(DatasetCatalog.get("c")) == 1
@@ -83,20 +86,23 @@ def test_a_test_set_without_an_evaluator_is_refused(tmp_path):
     make_voc(tmp_path)
     register_datasets([f"a=voc:{tmp_path}:train"])
     MetadataCatalog.remove("a")
-    MetadataCatalog.get("a").set(thing_classes=["cell"], evaluator_type="lvis")
+    MetadataCatalog.get("a").set(thing_classes=["cell"], evaluator_type="boundaries")
     cfg = detector_cfg("faster_rcnn")
     set_all(cfg, {"DATASETS.TRAIN": [], "DATASETS.TEST": ["a"], "MODEL.ROI_HEADS.NUM_CLASSES": 1})
     check_datasets(cfg)
-    with pytest.raises(DistillError, match="evaluator_type 'lvis'"):
+    with pytest.raises(DistillError, match="evaluator_type 'boundaries'"):
+        check_evaluators(cfg.DATASETS.TEST)
+    MetadataCatalog.remove("a")
+    MetadataCatalog.get("a").set(thing_classes=["cell"], evaluator_type="cityscapes_instance")
+    with pytest.raises(DistillError, match="install the package cityscapesscripts"):
         check_evaluators(cfg.DATASETS.TEST)
 
 
-@pytest.mark.parametrize("tag", ["pose", "difficult", "name"])
-def test_an_object_that_the_evaluator_could_not_read_is_named(tmp_path, tag):
+def test_an_object_without_a_class_is_named(tmp_path):
     make_voc(tmp_path)
     xml = tmp_path / "Annotations" / "3.xml"
-    xml.write_text(xml.read_text().replace(f"<{tag}>", f"<x{tag}>").replace(f"</{tag}>", f"</x{tag}>"))
-    with pytest.raises(DistillError, match=f"3.xml' has an object without {tag}"):
+    xml.write_text(xml.read_text().replace("<name>", "<label>").replace("</name>", "</label>"))
+    with pytest.raises(DistillError, match="1 annotations have no class, or one that is not declared: .*3.xml"):
         register_datasets([f"v=voc:{tmp_path}:train"])
 
 
@@ -115,14 +121,14 @@ def test_the_same_entry_twice_is_fine_and_another_of_that_name_is_not(tmp_path):
     [
         ("v=voc:{root}", "not of the form"),
         ("voc:{root}:train", "not of the form"),
-        ("v=yolo:{root}:train", "not of the form 'name=voc:"),
+        ("v=kitti:{root}:train", "not of the form 'name=voc:"),
+        ("v=yolo:{root}:train", "has no list of classes"),
         ("v=voc:{root}/no:train", "folder '.*/no' does not exist"),
-        ("v=voc:{root}/Annotations:train", "JPEGImages' does not exist, which PASCAL VOC's layout has"),
-        ("v=voc:{root}:val", "split '.*val.txt' does not exist; there are: bare, empty, lost, single, train"),
+        ("v=voc:{root}/Annotations:train", "there is no split 'train': expected a share"),
+        ("v=voc:{root}:val", "split '.*val.txt' does not exist; there are: bare, empty, lost, train"),
         ("v=voc:{root}:empty", "split '.*empty.txt' is empty"),
-        ("v=voc:{root}:lost", "image '.*99.jpg' does not exist, but its split names it"),
-        ("v=voc:{root}:bare", "annotation '.*98.xml' does not exist, but its split names it"),
-        ("v=voc:{root}:single", "names one image"),
+        ("v=voc:{root}:lost", "1 images do not exist: .*99.jpg"),
+        ("v=voc:{root}:bare", "1 images of the split have no annotation: .*98.jpg"),
         ("v=coco:{root}/unlabelled.json:{root}", "has no annotation"),
         ("v=voc:{root}:train:dog", "contain the classes cell, which are not among dog"),
         ("v=coco:{root}/no.json:{root}", "file '.*no.json' does not exist"),
@@ -136,9 +142,8 @@ def test_mistakes_are_named(tmp_path, entry, message):
     (tmp_path / "ImageSets/Main/empty.txt").write_text("\n")
     (tmp_path / "ImageSets/Main/lost.txt").write_text("0\n99\n")
     (tmp_path / "ImageSets/Main/bare.txt").write_text("0\n98\n")
-    (tmp_path / "ImageSets/Main/single.txt").write_text("0\n")
     (tmp_path / "JPEGImages/98.jpg").write_bytes(b"")
-    unlabelled = {"images": [{"id": 1}], "categories": [], "annotations": []}
+    unlabelled = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [], "annotations": []}
     (tmp_path / "unlabelled.json").write_text(json.dumps(unlabelled))
     (tmp_path / "bad.json").write_text("{}")
     write_coco(tmp_path, num_images=0)

@@ -264,3 +264,16 @@ def test_a_model_on_the_cpu_of_a_machine_with_gpus_does_not_start_nccl(monkeypat
     assert started == [2]
     with pytest.raises(DistillError, match="--num-gpus is 2, but this machine has 1"):
         launch_module(print, args, "cuda")
+
+
+def test_an_evaluation_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch):
+    trainer = OneBatchTrainer(write_cfg(tmp_path))
+
+    def fail(model):
+        raise KeyError("a file of the evaluator")
+
+    monkeypatch.setattr(trainer.recipe, "evaluate", fail)
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(DistillError, match="KeyError: 'a file of the evaluator' What was learned is safe"):
+        trainer.train()
+    assert torch.load(trainer.checkpointer.get_checkpoint_file())["iteration"] == trainer.max_iter - 1

@@ -7,7 +7,7 @@ import torch
 from detectron2.utils import comm
 
 from distill.config import load_config
-from distill.data import register_datasets
+from distill.data import register_from_config
 from distill.engine import Trainer, launch
 
 
@@ -15,7 +15,7 @@ def main(args: Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cfg = load_config(sys.argv[1], sys.argv[3:])
-    register_datasets(cfg.DATASETS.REGISTER)
+    register_from_config(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()

@@ -8,7 +8,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from distill.data import register_datasets
+from distill.data import register_from_config
 from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.losses import box_means
@@ -75,7 +75,7 @@ def make_cfg(tmp_path, name, size=None, num_images=10, boxes_per_image=6, **over
 
 
 def train(cfg, resume=False):
-    register_datasets(cfg.DATASETS.REGISTER)
+    register_from_config(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.train()
@@ -156,7 +156,7 @@ def test_crowds_alone_are_a_warning(tmp_path, caplog):
 
 def test_collected_rows_are_the_features_of_the_annotated_boxes(tmp_path):
     cfg = make_cfg(tmp_path, "rows", (120, 150))  # of one size, so that they are padded alike in any batch
-    register_datasets(cfg.DATASETS.REGISTER)
+    register_from_config(cfg)
     model = Trainer.build_model(cfg).train()
     state = torch.random.get_rng_state()
     collector = InstanceCollector(YamlRecipe(cfg), ["p2", "p4"], 800, 20)
@@ -195,7 +195,7 @@ def test_the_search_sees_the_scale_of_training(tmp_path):
     """INPUT.*_TEST is the size of a half-size student, whose teacher sees twice that."""
     sizes = {"INPUT.MIN_SIZE_TRAIN": [128], "INPUT.MAX_SIZE_TEST": 400}
     cfg = make_cfg(tmp_path, "half", (96, 128), **{"DISTILL.STUDENT.INPUT_SCALE": 0.5, **sizes})
-    register_datasets(cfg.DATASETS.REGISTER)
+    register_from_config(cfg)
     model = Trainer.build_model(cfg).train()
     seen = {"student": set(), "teacher": set()}
     for side, backbone in (("student", model.student.backbone), ("teacher", model.teacher.model.backbone)):
@@ -208,7 +208,7 @@ def test_the_search_sees_the_scale_of_training(tmp_path):
 
 def test_small_boxes_take_no_image_from_large_ones(tmp_path):
     cfg = make_cfg(tmp_path, "few", (120, 150), num_images=8, boxes_per_image=1)
-    register_datasets(cfg.DATASETS.REGISTER)
+    register_from_config(cfg)
     images = DatasetCatalog.get("few")
     for index, image in enumerate(images):
         image["annotations"][0].update(category_id=0, bbox=[0.0, 0.0, 30.0 + index % 2, 50.0])
@@ -218,7 +218,7 @@ def test_small_boxes_take_no_image_from_large_ones(tmp_path):
 
 def test_the_teacher_runs_in_the_first_search_only(tmp_path):
     cfg = make_cfg(tmp_path, "once")
-    register_datasets(cfg.DATASETS.REGISTER)
+    register_from_config(cfg)
     model = Trainer.build_model(cfg).train()
     calls = []
     model.teacher.model.backbone.register_forward_hook(lambda *args: calls.append(1))

@@ -1,0 +1,151 @@
+"""COCO's JSON, as COCO itself, CVAT, Roboflow and Label Studio write it."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.structures import BoxMode
+
+from .source import Fault, Source, absolute, check_classes, require, select
+
+
+def read_coco(name: str, json_file: str, image_root: str, split: str = "all") -> Source:
+    """Reads a data set from one JSON.
+
+    Args:
+        name: of the data set, for errors.
+        json_file: with ``images``, ``annotations`` and ``categories``.
+        image_root: the folder that its file names are relative to; an image that is not there is looked for by its
+            name alone.
+        split: see :func:`.source.select`, by the images' file names.
+
+    Returns:
+        The data set. Categories are in the order of their ids.
+
+    Raises:
+        DistillError: a path does not exist, the file is of another form, or it has no image or no annotation.
+    """
+    path, root = Path(json_file), Path(image_root)
+    require(path.is_file(), name, f"the file '{json_file}' does not exist.")
+    require(root.is_dir(), name, f"the folder of images '{image_root}' does not exist.")
+    try:
+        raw = path.read_bytes()
+        content = json.loads(raw.decode("utf-8-sig"))
+        images, annotations = content["images"], content["annotations"]
+        categories = sorted(content["categories"], key=lambda category: _order(category["id"]))
+        classes = [str(category["name"]) for category in categories]
+        stems = [str(Path(str(image["file_name"])).with_suffix("")) for image in images]
+        keys = [str(image["id"]) for image in images]
+    except (ValueError, KeyError, TypeError) as error:
+        require(False, name, f"'{json_file}' is not COCO JSON (images, annotations, categories): {error!r}.")
+    require(bool(images), name, f"the file '{json_file}' lists no image.")
+    require(
+        bool(annotations), name, f"the file '{json_file}' has no annotation: nothing to learn, nothing to evaluate."
+    )
+    check_classes(name, classes)
+    twice = sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []
+    require(not twice, name, f"'{json_file}' has several images of the ids {', '.join(twice[:3])}: expected one each.")
+
+    chosen = set(select(name, split, stems, path.parent))
+    source = Source(classes, [], "coco")
+    numbers = {str(category["id"]): index for index, category in enumerate(categories)}
+    by_image = defaultdict(list)
+    for annotation in annotations:
+        by_image[str(annotation.get("image_id"))].append(annotation)
+    for key in by_image.keys() - set(keys):
+        source.faults.append(Fault("image unknown", None, f"{json_file}, image_id {key}"))
+    are_numbers = all(type(image["id"]) is int for image in images)
+    for index, (image, key, stem) in enumerate(zip(images, keys, stems)):
+        if stem not in chosen:
+            continue
+        record = {
+            "file_name": _find(root, str(image["file_name"])),
+            "image_id": image["id"] if are_numbers else index + 1,
+            "height": int(image.get("height") or 0),
+            "width": int(image.get("width") or 0),
+            "annotations": [],
+        }
+        source.records.append(record)
+        for annotation in by_image[key]:
+            _read_annotation(source, record, annotation, numbers)
+    _complete_masks(source)
+    is_whole = split == "all" and are_numbers and not raw.startswith(b"\xef\xbb\xbf")
+    if is_whole and all(type(c["id"]) is int for c in categories) and all(_is_standard(a) for a in annotations):
+        source.json_file = absolute(path)
+        source.metadata["thing_dataset_id_to_contiguous_id"] = {c["id"]: i for i, c in enumerate(categories)}
+    return source
+
+
+def _order(number: object) -> tuple:
+    return (0, number, "") if isinstance(number, int) else (1, 0, str(number))
+
+
+def _is_standard(annotation: dict) -> bool:
+    """Whether Detectron2's evaluator reads an annotation as it is."""
+    numbers = all(type(annotation.get(key)) is int for key in ("id", "image_id", "category_id", "iscrowd"))
+    return numbers and "area" in annotation and len(annotation.get("bbox") or ()) == 4
+
+
+def _find(root: Path, file_name: str) -> str:
+    """Tools write paths of their own machine: what counts is where the image is here."""
+    names = (file_name, file_name.replace("\\", "/"), Path(file_name.replace("\\", "/")).name)
+    return next((absolute(root / n) for n in names if (root / n).is_file()), absolute(root / file_name))
+
+
+def _read_annotation(source: Source, record: dict, annotation: dict, numbers: dict[str, int]) -> None:
+    category = numbers.get(str(annotation.get("category_id")))
+    if category is None:
+        source.faults.append(Fault("class unknown", record, record["file_name"]))
+        return
+    found = {"bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "iscrowd": int(annotation.get("iscrowd") or 0)}
+    try:
+        mask = _read_mask(annotation.get("segmentation"), record)
+        box = _read_box(annotation.get("bbox"), mask)
+    except (ValueError, TypeError, KeyError, IndexError):
+        source.faults.append(Fault("annotation unreadable", record, record["file_name"]))
+        return
+    if annotation.get("ignore"):  # as Detectron2 has it: neither learned nor evaluated
+        return
+    record["annotations"].append({**found, "bbox": box, **({"segmentation": mask} if mask else {})})
+
+
+def _read_mask(mask: object, record: dict) -> list | dict | None:
+    """Polygons of three corners and more, or a compressed run-length encoding."""
+    if not mask:
+        return None
+    if isinstance(mask, dict):
+        size = [int(side) for side in mask["size"]]
+        if isinstance(mask["counts"], list):
+            return mask_util.frPyObjects({"counts": mask["counts"], "size": size}, *size)
+        return {"counts": mask["counts"], "size": size}
+    polygons = [mask] if isinstance(mask[0], int | float) else mask
+    return [[float(x) for x in p] for p in polygons if len(p) >= 6 and len(p) % 2 == 0] or None
+
+
+def _read_box(box: list | None, mask: list | dict | None) -> list[float]:
+    """XYXY; of the mask where there is no box."""
+    if box:
+        x, y, w, h = (float(value) for value in box)
+        return [x, y, x + w, y + h]
+    if isinstance(mask, dict):
+        x, y, w, h = (float(value) for value in mask_util.toBbox(mask))
+        return [x, y, x + w, y + h]
+    if mask:
+        corners = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in mask])
+        return [*corners.min(0).tolist(), *corners.max(0).tolist()]
+    return [math.nan] * 4
+
+
+def _complete_masks(source: Source) -> None:
+    """Where some objects have a mask and others none, these get their box's; Detectron2 wants all or none."""
+    objects = [(record, a) for record in source.records for a in record["annotations"]]
+    if not any("segmentation" in a for _, a in objects):
+        return
+    for record, a in objects:
+        if "segmentation" not in a:
+            x0, y0, x1, y1 = a["bbox"]
+            a["segmentation"] = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+            source.faults.append(Fault("mask missing", record, record["file_name"]))

@@ -1,0 +1,178 @@
+"""What every reader of annotations returns, and how images and splits are found."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from ...errors import DistillError
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in any case
+
+
+class Fault(NamedTuple):
+    """Something wrong with one image or one of its annotations.
+
+    Attributes:
+        kind: a key of :data:`distill.data.check.KINDS`.
+        record: of the image; None where there is none.
+        file: the file to look at.
+    """
+
+    kind: str
+    record: dict | None
+    file: str
+
+
+@dataclass
+class Source:
+    """A data set as it was read.
+
+    Attributes:
+        classes: names, in the order of ``category_id``.
+        records: in Detectron2's data set format; boxes are XYXY_ABS. ``height`` and ``width`` are those of the
+            annotation, or 0 where it gives none.
+        evaluator_type: "coco" or "pascal_voc".
+        faults: what the reader found.
+        metadata: more for Detectron2's ``MetadataCatalog``.
+        json_file: a COCO JSON that Detectron2's evaluator reads as it is, if no image is left out.
+    """
+
+    classes: list[str]
+    records: list[dict]
+    evaluator_type: str
+    faults: list[Fault] = field(default_factory=list)
+    metadata: dict = field(default_factory=dict)
+    json_file: str = ""
+
+
+def require(is_good: bool, name: str, message: str) -> None:
+    """Ends the reading of a data set.
+
+    Args:
+        is_good: whether there is nothing to say.
+        name: of the data set.
+        message: what was found, what was expected, and what to do.
+
+    Raises:
+        DistillError: ``is_good`` is False.
+    """
+    if not is_good:
+        raise DistillError(f"DATASETS.REGISTER, {name}: {message}")
+
+
+def find_images(folders: Sequence[Path]) -> dict[str, Path]:
+    """The images in folders, not in those below.
+
+    Args:
+        folders: the first that has an image of a name wins.
+
+    Returns:
+        Files by their name without its ending.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix.lower() in IMAGE_TYPES:
+                found.setdefault(path.stem, path)
+    return found
+
+
+def read_names(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, without spaces around them."""
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def given_classes(text: str | Sequence[str]) -> list[str]:
+    """Class names from an entry of DATASETS.REGISTER.
+
+    Args:
+        text: the names between commas, or the path of a file with one a line (for names with a comma or a colon); or
+            the names themselves.
+
+    Returns:
+        The names; none for an empty text.
+    """
+    if not isinstance(text, str):
+        return list(text)
+    if os.path.isfile(text):
+        return read_names(Path(text))
+    return [part.strip() for part in text.split(",")] if text else []
+
+
+def check_classes(name: str, classes: Sequence[str]) -> None:
+    """
+    Raises:
+        DistillError: there is no class, or one twice.
+    """
+    require(bool(classes), name, "it has no annotated object, so no class: expected one at least.")
+    twice = sorted({c for c in classes if list(classes).count(c) > 1})
+    require(not twice, name, f"the classes {', '.join(twice)} are there more than once: expected names that differ.")
+
+
+def select(name: str, split: str, stems: Sequence[str], folder: Path) -> list[str]:
+    """The images of a split that no folder of the data set describes.
+
+    Args:
+        name: of the data set.
+        split: "all"; a share such as "0.8", drawn by the hash of each name and so the same everywhere, whose rest is
+            "-0.2"; or a file with a name on each line.
+        stems: names of all images, without their ending.
+        folder: what the file's path may be relative to.
+
+    Returns:
+        Names, in the order of the file, or sorted.
+
+    Raises:
+        DistillError: it is none of these, or without an image.
+    """
+    if split == "all":
+        return sorted(stems)
+    share = _share(split)
+    if share is not None:
+        require(0 < abs(share) <= 1, name, f"the share {split} is not between -1 and 1.")
+        drawn = sorted(stems, key=lambda stem: hashlib.sha1(stem.encode()).digest())
+        # the rest of 0.8 is -0.2, for any number of images
+        first = round(len(drawn) * (share if share > 0 else 1 + share))
+        chosen = sorted(drawn[:first] if share > 0 else drawn[first:])
+        require(bool(chosen), name, f"the share {split} of {len(drawn)} images is none: expected a larger one.")
+        return chosen
+    for path in (folder / split, folder / f"{split}.txt", Path(split)):
+        if path.is_file():
+            names = read_names(path)
+            require(bool(names), name, f"the split '{path}' is empty: expected the name of an image on each line.")
+            return [_without_column(line, set(stems)) for line in names]
+    lists = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"
+    require(
+        False,
+        name,
+        f"there is no split {split!r}: expected a share such as 0.8 or -0.2 (its rest), all, or a file with a name on "
+        f"each line. Lists in '{folder}': {lists}.",
+    )
+    return []
+
+
+def _share(split: str) -> float | None:
+    try:
+        return float(split)
+    except ValueError:
+        return None
+
+
+def _without_column(line: str, stems: set[str]) -> str:
+    """The image of a line of a split, whose second column is a class's -1, 0 or 1. A path is cut to its name."""
+    first, _, last = line.rpartition(" ")
+    candidates = [line, first.strip()] if last in ("-1", "0", "1") and first else [line]
+    for candidate in candidates:
+        path = Path(candidate)
+        for stem in (candidate, path.name, path.stem if path.suffix.lower() in IMAGE_TYPES else ""):
+            if stem in stems:
+                return stem
+    return candidates[-1]
+
+
+def absolute(path: Path) -> str:
+    """A path that does not depend on the current folder; links stay."""
+    return os.path.abspath(path)

@@ -1,0 +1,148 @@
+"""PASCAL VOC's XML, in its own layout or flat, as LabelImg, CVAT and Roboflow write it."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from detectron2.structures import BoxMode
+
+from .source import Fault, Source, absolute, check_classes, find_images, given_classes, read_names, require, select
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = "") -> Source:
+    """Reads a data set of XML files.
+
+    Args:
+        name: of the data set, for errors.
+        root: a folder in PASCAL VOC's layout, or with images and XML files together, or in two folders below.
+        split: of ``ImageSets/Main``; elsewhere see :func:`.source.select`. It may be a folder of root, too.
+        classes: see :func:`.source.given_classes`; by default those of all XML files, sorted.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DistillError: a folder or the split is missing, there is no class, or one that is not among those given.
+    """
+    folder = Path(root)
+    require(folder.is_dir(), name, f"the folder '{root}' does not exist.")
+    if not (folder / "ImageSets" / "Main").is_dir() and (folder / split).is_dir() and split not in ("", "."):
+        folder, split = folder / split, "all"  # Roboflow's train, valid and test
+    annotations = _annotations(folder)
+    require(
+        bool(annotations),
+        name,
+        f"there is no XML file in '{folder}' or a folder below it: expected PASCAL VOC's layout (Annotations, "
+        "ImageSets/Main, JPEGImages), or images and XML files in one folder or two.",
+    )
+    images = find_images([folder / "JPEGImages", folder, *sorted(p for p in folder.iterdir() if p.is_dir())])
+    stems = _official(name, folder, split, set(images)) or select(name, split, _both(annotations, images), folder)
+    source = Source([], [], "pascal_voc", metadata={"year": 2007 if "2007" in folder.resolve().name else 2012})
+    parsed = {stem: _parse(path) for stem, path in annotations.items()}
+    found = {c for tree in parsed.values() if tree is not None for c in _names(tree)}
+    source.classes = given_classes(classes) or sorted(found)
+    check_classes(name, source.classes)
+    others = sorted(found - set(source.classes))
+    require(
+        not others,
+        name,
+        f"its annotations contain the classes {', '.join(others)}, which are not among {', '.join(source.classes)}. "
+        "Name all of them, or none to take them from the annotations.",
+    )
+    for stem in stems:
+        record = {"file_name": absolute(images.get(stem, folder / "JPEGImages" / f"{stem}.jpg")), "image_id": stem}
+        source.records.append({**record, "height": 0, "width": 0, "annotations": []})
+        _read_xml(source, annotations.get(stem), parsed.get(stem))
+    return source
+
+
+def _annotations(folder: Path) -> dict[str, Path]:
+    for place in (folder / "Annotations", folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        found = {path.stem: path for path in sorted(place.glob("*.xml"))} if place.is_dir() else {}
+        if found:
+            return found
+    return {}
+
+
+def _both(annotations: dict[str, Path], images: dict[str, Path]) -> list[str]:
+    """Of a flat folder what is annotated: an image without an XML file has not been looked at."""
+    return [stem for stem in annotations if stem in images] or list(annotations)
+
+
+def _official(name: str, folder: Path, split: str, stems: set[str]) -> list[str]:
+    lists = folder / "ImageSets" / "Main"
+    if not lists.is_dir() or not (lists / f"{split}.txt").is_file():
+        there = sorted(path.stem for path in lists.glob("*.txt"))
+        require(
+            not there or split == "all" or split.lstrip("-").replace(".", "").isdigit() or Path(split).is_file(),
+            name,
+            f"the split '{lists / split}.txt' does not exist; there are: {', '.join(there)}.",
+        )
+        return []
+    lines = read_names(lists / f"{split}.txt")
+    require(bool(lines), name, f"the split '{lists / split}.txt' is empty: expected the name of an image on each line.")
+    # those of one class have a second column; a name may have spaces, too
+    return [
+        line if line in stems or line.split()[-1] not in ("-1", "0", "1") else line.rpartition(" ")[0].strip() or line
+        for line in lines
+    ]
+
+
+def _parse(path: Path) -> ElementTree.Element | None:
+    try:
+        return ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, OSError, ValueError):
+        return None
+
+
+def _names(tree: ElementTree.Element) -> list[str]:
+    return [text.strip() for node in tree.iter("object") if (text := node.findtext("name") or "").strip()]
+
+
+def _read_xml(source: Source, path: Path | None, tree: ElementTree.Element | None) -> None:
+    """Adds to the last record what its XML file holds."""
+    record = source.records[-1]
+    if tree is None:
+        kind = "annotation missing" if path is None else "annotation unreadable"
+        source.faults.append(Fault(kind, record, str(path or record["file_name"])))
+        return
+    for side in ("height", "width"):
+        record[side] = _number(tree.findtext(f"size/{side}"))
+    for node in tree.iter("object"):
+        class_name = (node.findtext("name") or "").strip()
+        try:
+            x0, y0, x1, y1 = (float(node.findtext(f"bndbox/{corner}") or "?") for corner in _CORNERS)
+        except ValueError:
+            source.faults.append(Fault("annotation unreadable", record, str(path)))
+            continue
+        if not class_name:
+            source.faults.append(Fault("class unknown", record, str(path)))
+            continue
+        record["annotations"].append(
+            {
+                "bbox": [x0 - 1, y0 - 1, x1, y1],  # as Detectron2 does: pixels count from 1, the last one is inside
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": source.classes.index(class_name),
+                "iscrowd": 0,
+                "difficult": int(_is_true(node.findtext("difficult"))),
+            }
+        )
+
+
+def _number(text: str | None) -> int:
+    try:
+        return round(float(text or 0))
+    except (ValueError, OverflowError):
+        return 0
+
+
+def _is_true(text: str | None) -> bool:
+    """Whether a flag is set, written as a number or in words; "Unspecified" and nothing are not."""
+    text = (text or "").strip().lower()
+    try:
+        return not math.isnan(float(text)) and float(text) != 0
+    except ValueError:
+        return text in ("true", "yes", "y")

@@ -1,0 +1,147 @@
+"""YOLO's text files: by a data.yaml (Ultralytics, Roboflow, CVAT), or in a folder with a list of classes (LabelImg,
+Label Studio, CVAT's "YOLO 1.1")."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from detectron2.structures import BoxMode
+
+from .source import IMAGE_TYPES, Fault, Source, absolute, check_classes, read_names, require, select
+
+_CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
+
+
+def read_yolo(name: str, root: str, split: str) -> Source:
+    """Reads a data set of text files, one an image: ``class x y w h`` in shares of the image, or a polygon.
+
+    Args:
+        name: of the data set, for errors.
+        root: a ``data.yaml`` with ``names``; or a folder with images, text files, and a list of the classes
+            (``classes.txt``, ``obj.names`` or ``_darknet.labels``).
+        split: a key of the ``data.yaml``, such as "train" or "val"; of a folder see :func:`.source.select`.
+
+    Returns:
+        The data set. Boxes are in shares of the image until :func:`distill.data.check.check_source` knows its size. An
+        image without a text file has no object, as YOLO has it.
+
+    Raises:
+        DistillError: a path does not exist, or the yaml or the list of classes is of another form.
+    """
+    path = Path(root)
+    require(path.exists(), name, f"'{root}' does not exist: expected a data.yaml, or a folder.")
+    if path.is_dir() and (path / "data.yaml").is_file():
+        path = path / "data.yaml"
+    classes, images = _from_folder(name, path, split) if path.is_dir() else _from_yaml(name, path, split)
+    check_classes(name, classes)
+    require(bool(images), name, f"the split {split!r} has no image ({', '.join(IMAGE_TYPES)}).")
+    source = Source(classes, [], "coco")
+    for index, image in enumerate(images):
+        record = {"file_name": absolute(image), "image_id": index + 1, "height": 0, "width": 0, "annotations": []}
+        source.records.append(record)
+        _read_labels(source, record, _label_file(image))
+    masks = [a for r in source.records for a in r["annotations"] if "segmentation" in a]
+    if len(masks) < sum(len(r["annotations"]) for r in source.records):
+        for annotation in masks:  # a polygon here and there is no data set of masks
+            del annotation["segmentation"]
+    return source
+
+
+def _from_yaml(name: str, path: Path, split: str) -> tuple[list[str], list[Path]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        names = content["names"]
+        classes = [str(names[key]) for key in sorted(names)] if isinstance(names, dict) else [str(n) for n in names]
+        is_dense = not isinstance(names, dict) or sorted(names) == list(range(len(names)))
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        require(False, name, f"'{path}' is not YOLO's data.yaml (names, train, val): {error!r}.")
+    require(is_dense, name, f"'{path}': expected names of the classes 0, 1, 2, ... without a gap.")
+    number = content.get("nc")
+    require(
+        number in (None, len(classes)), name, f"'{path}' has nc {number} and {len(classes)} names: expected as many."
+    )
+    split = "val" if split == "valid" and "valid" not in content else split
+    there = [key for key in ("train", "val", "test") if content.get(key)]
+    require(
+        bool(content.get(split)),
+        name,
+        f"'{path}' has no split {split!r}: expected one of {', '.join(there) or 'train'}.",
+    )
+    base = path.parent / str(content.get("path") or "")
+    base = base if base.is_dir() else path.parent  # where it was written for another machine
+    places = content[split] if isinstance(content[split], list) else [content[split]]
+    return classes, [image for place in places for image in _images_of(name, base, str(place))]
+
+
+def _images_of(name: str, base: Path, place: str) -> list[Path]:
+    # Roboflow writes ../train/images for a folder beside the yaml
+    candidates = [base / place, base / place.removeprefix("../"), base / place.lstrip("./")]
+    found = next((path for path in candidates if path.exists()), None)
+    require(found is not None, name, f"the split '{base / place}' does not exist.")
+    if found.is_dir():
+        return sorted(_walk(found))
+    return [_listed(base, line) for line in read_names(found)]
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_TYPES)
+
+
+def _listed(base: Path, line: str) -> Path:
+    # CVAT writes data/obj_train_data/... for obj_train_data
+    return next((p for p in (base / line, base / line.removeprefix("data/")) if p.is_file()), base / line)
+
+
+def _from_folder(name: str, folder: Path, split: str) -> tuple[list[str], list[Path]]:
+    lists = [folder / file for file in _CLASS_LISTS if (folder / file).is_file()]
+    lists = lists or sorted(p for file in _CLASS_LISTS for p in folder.glob(f"*/{file}"))
+    require(
+        bool(lists),
+        name,
+        f"the folder '{folder}' has no list of classes: expected {', '.join(_CLASS_LISTS[:3])}, or give a data.yaml.",
+    )
+    images = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(_walk(folder))}
+    by_name = {path.stem: path for path in images.values()}
+    table = by_name if len(by_name) == len(images) else images
+    chosen = select(name, split, list(table), folder)
+    return read_names(lists[0]), [table.get(stem, folder / stem) for stem in chosen]
+
+
+def _label_file(image: Path) -> Path:
+    """Beside the image, or in the folder "labels" that stands beside the last folder "images"."""
+    parts = list(image.parent.parts)
+    for index in reversed(range(len(parts))):
+        if parts[index] == "images":
+            moved = Path(*parts[:index], "labels", *parts[index + 1 :]) / f"{image.stem}.txt"
+            if moved.is_file():
+                return moved
+            break
+    return image.with_suffix(".txt")
+
+
+def _read_labels(source: Source, record: dict, path: Path) -> None:
+    if not path.is_file():
+        return
+    for line in read_names(path):
+        try:
+            number, *values = (float(text) for text in line.split())
+            is_box = len(values) == 4
+            if not is_box and (len(values) < 6 or len(values) % 2):
+                raise ValueError(line)
+        except ValueError:
+            source.faults.append(Fault("annotation unreadable", record, str(path)))
+            continue
+        if number != int(number) or not 0 <= number < len(source.classes):
+            source.faults.append(Fault("class unknown", record, str(path)))
+            continue
+        if any(abs(value) > 2 for value in values):  # pixels
+            source.faults.append(Fault("annotation unreadable", record, str(path)))
+            continue
+        annotation = {"bbox_mode": BoxMode.XYXY_ABS, "category_id": int(number), "iscrowd": 0, "relative": True}
+        if is_box:
+            x, y, w, h = values
+            annotation["bbox"] = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+        else:
+            annotation["bbox"] = [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])]
+            annotation["segmentation"] = [values]
+        record["annotations"].append(annotation)

@@ -1,0 +1,180 @@
+"""Images as a person sees them, and what their headers say."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
+from PIL import Image, ImageFile, ImageOps
+from tqdm import tqdm
+
+SEEN = "seen://"
+_ORIENTATION = 0x0112  # the EXIF tag
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_lock = threading.Lock()
+
+
+class Header(NamedTuple):
+    """What is known of an image without decoding it.
+
+    Attributes:
+        width: in the file, in pixels.
+        height: in the file, in pixels.
+        orientation: EXIF's, 1 to 8; from 5 on a person sees width and height exchanged.
+        needs: "" or why Detectron2 would not read what a person sees: "16 bits" or "transparency".
+        fault: "" or a kind of :data:`distill.data.check.KINDS`.
+    """
+
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+    needs: str = ""
+    fault: str = ""
+
+    @property
+    def seen_size(self) -> tuple[int, int]:
+        """Width and height as a person sees them."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+def read_header(file: str) -> Header:
+    """Reads what an image's file says of it, and whether it is complete.
+
+    Args:
+        file: its path.
+
+    Returns:
+        The header.
+    """
+    if not os.path.isfile(file):
+        return Header(fault="image missing")
+    try:
+        with Image.open(file) as image:
+            fault = "" if _is_complete(file, image) else "image cut off"
+            orientation = 1 if fault else image.getexif().get(_ORIENTATION, 1)  # a PNG is decoded for it
+            orientation = orientation if orientation in range(1, 9) else 1
+            needs = "16 bits" if image.mode.startswith("I") else "transparency" if _is_transparent(image) else ""
+            return Header(*image.size, orientation, needs, fault)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return Header(fault="image unreadable")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def _is_complete(file: str, image: Image.Image) -> bool:
+    end = _ENDS.get(image.format)
+    if end is None:
+        return True
+    with open(file, "rb") as stream:
+        stream.seek(-min(64, os.path.getsize(file)), os.SEEK_END)
+        if end in stream.read().rstrip(b"\0"):
+            return True
+    try:  # a camera may write something behind the image
+        with _lock:
+            image.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def read_headers(files: Sequence[str], key: str) -> dict[str, Header]:
+    """Reads the headers of many images at a time. They are kept, and read again where a file's time or size changed;
+    of several processes of a machine, one reads.
+
+    Args:
+        files: their paths.
+        key: names what is kept.
+
+    Returns:
+        Headers by path.
+    """
+    cache = Path(get_cache_dir()) / "distill" / f"headers_{hashlib.sha1(key.encode()).hexdigest()[:16]}.json"
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(str(cache)):
+            return _read_headers(files, cache)
+    except OSError:  # a folder that cannot be written
+        return _read_headers(files, None)
+
+
+def _read_headers(files: Sequence[str], cache: Path | None) -> dict[str, Header]:
+    kept: dict[str, list] = {}
+    if cache is not None and cache.is_file():
+        with contextlib.suppress(ValueError):  # written by a process that was killed
+            kept = json.loads(cache.read_text())
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        stamps = dict(zip(files, pool.map(_stamp, files)))
+        todo = [file for file in files if kept.get(file, [None])[0] != stamps[file]]
+        read = pool.map(read_header, todo)
+        fresh = dict(zip(todo, tqdm(read, "Checking images", len(todo), disable=len(todo) < 1000)))
+    found = {file: fresh[file] if file in fresh else Header(*kept[file][1:]) for file in files}
+    if cache is not None and fresh:
+        temporary = cache.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({file: [stamps[file], *header] for file, header in found.items()}))
+        temporary.replace(cache)
+    return found
+
+
+def _stamp(file: str) -> list[int]:
+    try:
+        status = os.stat(file)
+        return [status.st_mtime_ns, status.st_size]
+    except OSError:
+        return [0, 0]
+
+
+class SeenImageHandler(PathHandler):
+    """Opens ``seen://PATH``: the image as a person sees it, upright, in 8 bits a channel, on white where it is
+    transparent, and as far as it goes where it is cut off.
+
+    Detectron2's ``read_image`` opens files by its ``PathManager``, so every mapper takes such a path.
+    """
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [SEEN]
+
+    def _isfile(self, path: str, **kwargs: Any) -> bool:
+        return os.path.isfile(path.removeprefix(SEEN))
+
+    def _exists(self, path: str, **kwargs: Any) -> bool:
+        return os.path.exists(path.removeprefix(SEEN))
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        return path.removeprefix(SEEN)
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
+        with _lock, Image.open(path.removeprefix(SEEN)) as image:
+            before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+            try:
+                seen = _to_8_bits(ImageOps.exif_transpose(image))
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = before
+        stream = io.BytesIO()
+        seen.save(stream, "PNG", compress_level=0)
+        stream.seek(0)
+        return stream
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # black is 0, white is 65535
+        values = np.asarray(image).astype(np.float64)
+        return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if _is_transparent(image):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+PathManager.register_handler(SeenImageHandler(), allow_override=True)

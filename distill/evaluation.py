@@ -1,0 +1,161 @@
+"""The evaluator of each kind of data set: Detectron2's own."""
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+from .data.formats import read_voc
+from .errors import DistillError
+
+# evaluator_type: the packages that it needs
+_TYPES = {
+    "coco": (),
+    "pascal_voc": (),
+    "lvis": ("lvis",),
+    "cityscapes_instance": ("cityscapesscripts",),
+    "cityscapes_sem_seg": ("cityscapesscripts",),
+    "sem_seg": (),
+    "coco_panoptic_seg": ("panopticapi",),
+}
+
+
+def check_evaluators(names: Sequence[str]) -> None:
+    """Checks that there is an evaluator for data sets.
+
+    Args:
+        names: of registered data sets.
+
+    Raises:
+        DistillError: a data set says none that is known, or one whose package is not installed.
+    """
+    for name in names:
+        kind = MetadataCatalog.get(name).get("evaluator_type")
+        if kind not in _TYPES:
+            raise DistillError(
+                f"The data set {name} has the evaluator_type {kind!r}: expected one of {', '.join(_TYPES)} in its "
+                "metadata."
+            )
+        for package in _TYPES[kind]:
+            if importlib.util.find_spec(package) is None:
+                raise DistillError(f"To evaluate on {name} ({kind}), install the package {package}.")
+
+
+def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """The evaluator of a data set's ``evaluator_type``, as in Detectron2's ``tools/train_net.py``.
+
+    Args:
+        cfg: the config.
+        name: a registered data set.
+        folder: where it writes.
+
+    Returns:
+        Detectron2's evaluator.
+
+    Raises:
+        DistillError: see :func:`check_evaluators`.
+    """
+    check_evaluators([name])
+    kind = MetadataCatalog.get(name).evaluator_type
+    found: list[DatasetEvaluator] = []
+    if kind in ("sem_seg", "coco_panoptic_seg"):
+        found.append(SemSegEvaluator(name, distributed=True, output_dir=folder))
+    if kind in ("coco", "coco_panoptic_seg"):
+        sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        # a JSON that an earlier run wrote may be of other images
+        found.append(COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas, allow_cached_coco=False))
+    if kind == "coco_panoptic_seg":
+        found.append(COCOPanopticEvaluator(name, folder))
+    if kind == "cityscapes_instance":
+        found.append(CityscapesInstanceEvaluator(name))
+    if kind == "cityscapes_sem_seg":
+        found.append(CityscapesSemSegEvaluator(name))
+    if kind == "lvis":
+        found.append(LVISEvaluator(name, output_dir=folder))
+    if kind == "pascal_voc":
+        found.append(VOCEvaluator(name))
+    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+
+
+class VOCEvaluator(DatasetEvaluator):
+    """PASCAL VOC's metric as Detectron2 computes it, on annotations of any tool.
+
+    Detectron2's evaluator reads XML files by itself, with whole numbers and plain names. It is given such files, in a
+    folder of its own. A class without an object in the test set has no average precision, as in COCO's metric.
+
+    Args:
+        name: a registered data set.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="voc_")
+        meta = MetadataCatalog.get(name)
+        if meta.get("dirname"):  # Detectron2's own registration drops what is difficult
+            records = read_voc(name, meta.dirname, meta.split, meta.thing_classes).records
+        else:
+            records = DatasetCatalog.get(name)
+        present = {a["category_id"] for record in records for a in record["annotations"]}
+        self._classes = {number: index for index, number in enumerate(sorted(present))}
+        names = [quote(meta.thing_classes[number], safe=" ,:") for number in self._classes]
+        _write_voc(Path(self._folder.name), records, names, self._classes)
+        plain = f"{name} (as VOC)"
+        MetadataCatalog.get(plain).set(
+            dirname=self._folder.name, split="test", year=meta.get("year", 2012), thing_classes=names
+        )
+        self._evaluator = PascalVOCDetectionEvaluator(plain)
+        MetadataCatalog.remove(plain)
+
+    def reset(self) -> None:
+        self._evaluator.reset()
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for x, y in zip(inputs, outputs, strict=True):
+            found = y["instances"].to("cpu")
+            found = found[[number in self._classes for number in found.pred_classes.tolist()]]
+            found.pred_classes = found.pred_classes.new_tensor([self._classes[n] for n in found.pred_classes.tolist()])
+            self._evaluator.process([{**x, "image_id": _plain(x["image_id"])}], [{"instances": found}])
+
+    def evaluate(self) -> dict | None:
+        return self._evaluator.evaluate()
+
+
+def _plain(image_id: str | int) -> str:
+    """An image's name without the spaces that the evaluator splits lines at."""
+    return quote(str(image_id), safe="")
+
+
+def _write_voc(folder: Path, records: list[dict], names: list[str], numbers: dict[int, int]) -> None:
+    (folder / "Annotations").mkdir()
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    ids = [_plain(record["image_id"]) for record in records]
+    (folder / "ImageSets" / "Main" / "test.txt").write_text("".join(f"{image_id}\n" for image_id in ids))
+    for image_id, record in zip(ids, records):
+        tree = ElementTree.Element("annotation")
+        for annotation in record["annotations"]:
+            node = ElementTree.SubElement(tree, "object")
+            is_difficult = annotation.get("difficult") or annotation.get("iscrowd")
+            x0, y0, x1, y1 = annotation["bbox"]
+            texts = {"name": names[numbers[annotation["category_id"]]], "pose": "", "truncated": 0}
+            for key, value in {**texts, "difficult": int(bool(is_difficult))}.items():
+                ElementTree.SubElement(node, key).text = str(value)
+            box = ElementTree.SubElement(node, "bndbox")
+            corners = {"xmin": x0 + 1, "ymin": y0 + 1, "xmax": x1, "ymax": y1}
+            for key, value in corners.items():
+                ElementTree.SubElement(box, key).text = str(round(value))
+        ElementTree.ElementTree(tree).write(folder / "Annotations" / f"{image_id}.xml")

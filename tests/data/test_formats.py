@@ -1,0 +1,468 @@
+"""Small data sets as tools write them, and what each must give."""
+
+import json
+import math
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Boxes, Instances
+from PIL import Image, ImageFile
+
+from distill.data import register_datasets
+from distill.data.check import check_source
+from distill.data.formats import read_coco, read_voc, read_yolo
+from distill.data.images import SEEN, read_header, read_headers
+from distill.errors import DistillError
+from distill.evaluation import VOCEvaluator
+from tests.data.test_register import unregister  # noqa: F401  a fixture
+
+W, H = 40, 30
+BOX = [4.0, 6.0, 20.0, 16.0]  # XYXY of every object here
+
+
+def draw(path, size=(W, H), mode="RGB", **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (size[1], size[0]) + ((3,) if mode == "RGB" else ())
+    pixels = torch.randint(256, shape, dtype=torch.uint8).numpy()
+    Image.fromarray(pixels, mode).save(path, **more)
+    return pixels
+
+
+def xml(name="cell", box=(5, 7, 20, 16), size=(W, H), more=""):
+    corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
+    shape = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>" if size else ""
+    return f"<annotation>{shape}<object><name>{name}</name>{more}<bndbox>{corners}</bndbox></object></annotation>"
+
+
+def write_flat_voc(root, stems=("a", "b", "c", "d"), ending=".jpg", **more):
+    for stem in stems:
+        draw(root / f"{stem}{ending}")
+        (root / f"{stem}.xml").write_text(xml(**more))
+    return root
+
+
+def checked(source, name="x", **more):
+    check_source(name, source, **more)
+    return source
+
+
+def only_box(source, index=0):
+    (annotation,) = source.records[index]["annotations"]
+    return annotation["bbox"]
+
+
+# PASCAL VOC
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".JPG", ".jpeg", ".png", ".bmp", ".webp"])
+def test_images_of_any_ending_and_names_with_spaces(tmp_path, ending):
+    write_flat_voc(tmp_path, ["my photo 1", "b"], ending)
+    source = checked(read_voc("x", str(tmp_path), "all"))
+    assert [record["image_id"] for record in source.records] == ["b", "my photo 1"]
+    assert only_box(source) == BOX and (source.records[0]["width"], source.records[0]["height"]) == (W, H)
+
+
+def test_images_and_annotations_in_two_folders(tmp_path):
+    write_flat_voc(tmp_path / "labels")
+    (tmp_path / "photos").mkdir()
+    for image in (tmp_path / "labels").glob("*.jpg"):
+        image.rename(tmp_path / "photos" / image.name)
+    assert len(checked(read_voc("x", str(tmp_path), "all")).records) == 4
+
+
+def test_roboflows_folders_of_splits(tmp_path):
+    write_flat_voc(tmp_path / "train")
+    write_flat_voc(tmp_path / "valid", ["e"])
+    assert [len(read_voc("x", str(tmp_path), split).records) for split in ("train", "valid")] == [4, 1]
+
+
+def test_shares_are_each_others_rest_and_the_same_every_time(tmp_path):
+    write_flat_voc(tmp_path, [f"i{n}" for n in range(17)])
+    first, rest, again = (
+        {record["image_id"] for record in read_voc("x", str(tmp_path), split).records}
+        for split in ("0.8", "-0.2", "0.8")
+    )
+    assert first == again and len(first) == 14 and not first & rest and len(first | rest) == 17
+    with pytest.raises(DistillError, match="share 1.5 is not between"):
+        read_voc("x", str(tmp_path), "1.5")
+    with pytest.raises(DistillError, match="share 0.01 of 17 images is none"):
+        read_voc("x", str(tmp_path), "0.01")
+
+
+def test_lists_with_a_second_column(tmp_path):
+    write_flat_voc(tmp_path, ["a", "b c"])
+    (tmp_path / "list.txt").write_text("b c  1\na -1\n")
+    assert [r["image_id"] for r in read_voc("x", str(tmp_path), "list").records] == ["b c", "a"]
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / "official" / folder).mkdir(parents=True)
+    for file in tmp_path.glob("*.*"):
+        if file.suffix in (".jpg", ".xml"):
+            file.rename(tmp_path / "official" / ("JPEGImages" if file.suffix == ".jpg" else "Annotations") / file.name)
+    (tmp_path / "official/ImageSets/Main/cell_val.txt").write_text("a -1\nb c  1\n")
+    assert [r["image_id"] for r in read_voc("x", f"{tmp_path}/official", "cell_val").records] == ["a", "b c"]
+
+
+@pytest.mark.parametrize(
+    "more, difficult",
+    [
+        ("", 0),
+        ("<pose>Unspecified</pose><truncated>Unspecified</truncated><difficult>Unspecified</difficult>", 0),
+        ("<difficult>1</difficult>", 1),
+        ("<difficult>True</difficult>", 1),
+        ("<difficult>0</difficult>", 0),
+    ],
+)
+def test_flags_absent_or_in_words(tmp_path, more, difficult):
+    write_flat_voc(tmp_path, ["a"], more=more)
+    (record,) = read_voc("x", str(tmp_path), "all").records
+    assert record["annotations"][0]["difficult"] == difficult
+
+
+def test_without_a_size_the_images_is_taken(tmp_path):
+    write_flat_voc(tmp_path, ["a"], size=None)
+    (record,) = checked(read_voc("x", str(tmp_path), "all")).records
+    assert (record["width"], record["height"]) == (W, H)
+
+
+AWKWARD = ["a, b", "a:b", "a/b", "a b"]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_vocs_metric_on_awkward_names_decimals_and_one_image(tmp_path, name, unregister):  # noqa: F811
+    write_flat_voc(tmp_path, ["one photo"], name=name, box=(5.0, 7.4, 20.2, 16.0))
+    register_datasets([f"v=voc:{tmp_path}:all"])
+    assert MetadataCatalog.get("v").thing_classes == [name]
+    (record,) = DatasetCatalog.get("v")
+    before = (tmp_path / "one photo.xml").read_text()
+    assert evaluate_voc("v", [record], [[BOX]])["AP"] == pytest.approx(100)
+    assert evaluate_voc("v", [record], [[[0.0, 0.0, 2.0, 2.0]]])["AP"] == 0
+    assert (tmp_path / "one photo.xml").read_text() == before
+
+
+def evaluate_voc(name, records, boxes, classes=None):
+    evaluator = VOCEvaluator(name)
+    evaluator.reset()
+    for index, (record, found) in enumerate(zip(records, boxes)):
+        instances = Instances((H, W))
+        instances.pred_boxes = Boxes(torch.tensor(found).reshape(-1, 4))
+        instances.scores = torch.linspace(0.9, 0.8, len(found))
+        instances.pred_classes = torch.tensor(classes[index] if classes else [0] * len(found), dtype=torch.long)
+        evaluator.process([record], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"]
+
+
+def test_a_class_that_the_test_set_lacks_counts_not(tmp_path, unregister):  # noqa: F811
+    write_flat_voc(tmp_path, ["a", "b"])
+    register_datasets([f"v=voc:{tmp_path}:all:ant,cell"])
+    records = DatasetCatalog.get("v")
+    assert evaluate_voc("v", records, [[BOX, BOX], [BOX]], [[1, 0], [1]])["AP"] == pytest.approx(100)
+    assert evaluate_voc("v", records, [[BOX], []], [[1], []])["AP"] == pytest.approx(50)
+
+
+# COCO
+
+
+def coco(**changes):
+    content = {
+        "images": [{"id": 3, "file_name": "a.png", "width": W, "height": H}],
+        "categories": [{"id": 7, "name": "cell"}],
+        "annotations": [
+            {"id": 5, "image_id": 3, "category_id": 7, "bbox": [4, 6, 16, 10], "area": 160, "iscrowd": 0},
+        ],
+    }
+    content.update(changes)
+    return content
+
+
+def write_coco(root, content, bom=False):
+    draw(root / "a.png")
+    path = root / "coco.json"
+    path.write_text(json.dumps(content), encoding="utf-8-sig" if bom else "utf-8")
+    return read_coco("x", str(path), str(root))
+
+
+def test_a_complete_json_is_evaluated_as_it_is(tmp_path):
+    source = checked(write_coco(tmp_path, coco()))
+    assert source.json_file == f"{tmp_path}/coco.json" and only_box(source) == BOX
+    assert source.metadata["thing_dataset_id_to_contiguous_id"] == {7: 0}
+
+
+def test_a_byte_order_mark_text_ids_and_a_path_of_another_machine(tmp_path):
+    content = coco(
+        images=[{"id": "first", "file_name": "C:\\data\\a.png", "width": W, "height": H}],
+        annotations=[{"image_id": "first", "category_id": "7", "bbox": [4, 6, 16, 10]}],
+    )
+    source = checked(write_coco(tmp_path, content, bom=True))
+    assert only_box(source) == BOX and not source.json_file and source.records[0]["image_id"] == 1
+
+
+def test_a_box_is_that_of_its_polygons_or_mask(tmp_path):
+    polygon = [4, 6, 20, 6, 20, 16, 4, 16]
+    pixels = np.zeros((H, W), np.uint8, order="F")
+    pixels[6:16, 4:20] = 1
+    compressed = mask_util.encode(pixels)
+    flat = pixels.flatten(order="F")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [0]])))
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    masks = [[polygon], {"size": [H, W], "counts": counts}, {"size": [H, W], "counts": compressed["counts"].decode()}]
+    annotations = [{"id": i, "image_id": 3, "category_id": 7, "segmentation": m} for i, m in enumerate(masks)]
+    (record,) = checked(write_coco(tmp_path, coco(annotations=annotations))).records
+    assert [a["bbox"] for a in record["annotations"]] == [BOX] * 3
+    for annotation in record["annotations"][1:]:
+        assert np.array_equal(mask_util.decode(annotation["segmentation"]), pixels)
+
+
+def test_an_object_without_a_mask_gets_its_boxs(tmp_path):
+    own = coco()["annotations"][0]
+    other = {**own, "id": 6, "segmentation": [[5, 7, 9, 7, 9, 9]]}
+    (record,) = checked(write_coco(tmp_path, coco(annotations=[own, other]))).records
+    assert record["annotations"][0]["segmentation"] == [[4, 6, 20, 6, 20, 16, 4, 16]]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"category_id": 8}, "1 annotations have no class, or one that is not declared"),
+        ({"image_id": 4}, "1 annotations belong to an image that is not listed"),
+        ({"bbox": [4, 6, math.nan, 10]}, "1 boxes are absent, or not finite"),
+        ({"bbox": None}, "1 boxes are absent, or not finite"),
+        ({"bbox": [50, 6, 5, 10]}, "1 boxes lie outside of their image"),
+        ({"bbox": [20, 6, -5, 10]}, "1 boxes have their corners in the wrong order"),
+        ({"bbox": "4 6 16 10"}, "1 annotations cannot be read"),
+    ],
+)
+def test_faulty_annotations_are_counted(tmp_path, change, message):
+    own = coco()["annotations"][0]
+    source = write_coco(tmp_path, coco(annotations=[own, {**own, "id": 6, **change}]))
+    with pytest.raises(DistillError, match=message):
+        check_source("x", source)
+
+
+def test_a_box_without_an_area_is_dropped(tmp_path, caplog):
+    own = coco()["annotations"][0]
+    source = checked(write_coco(tmp_path, coco(annotations=[own, {**own, "id": 6, "bbox": [4, 6, 0, 10]}])))
+    assert only_box(source) == BOX and not source.json_file
+
+
+def test_classes_of_one_name_are_refused(tmp_path):
+    with pytest.raises(DistillError, match="the classes cell are there more than once"):
+        write_coco(tmp_path, coco(categories=[{"id": 7, "name": "cell"}, {"id": 8, "name": "cell"}]))
+
+
+# YOLO
+
+
+def write_yolo(root, **more):
+    for split, stems in {"train": ["a", "b"], "valid": ["c"]}.items():
+        for stem in stems:
+            draw(root / split / "images" / f"{stem}.jpg")
+            (root / split / "labels").mkdir(exist_ok=True)
+            (root / split / "labels" / f"{stem}.txt").write_text(f"1 {12 / W} {11 / H} {16 / W} {10 / H}\n")
+    content = {"train": "../train/images", "val": "../valid/images", "nc": 2, "names": ["ant", "cell"], **more}
+    (root / "data.yaml").write_text(yaml.safe_dump(content))
+    return root / "data.yaml"
+
+
+def test_roboflows_yolo(tmp_path):
+    path = write_yolo(tmp_path)
+    source = checked(read_yolo("x", str(path), "train"))
+    assert source.classes == ["ant", "cell"] and len(source.records) == 2
+    assert only_box(source) == pytest.approx(BOX) and source.records[0]["annotations"][0]["category_id"] == 1
+    assert len(read_yolo("x", str(path), "valid").records) == len(read_yolo("x", str(path), "val").records) == 1
+
+
+def test_names_by_number_polygons_and_images_without_objects(tmp_path):
+    path = write_yolo(tmp_path, names={0: "ant", 1: "cell"}, nc=None)
+    corners = [4 / W, 6 / H, 20 / W, 6 / H, 20 / W, 16 / H, 4 / W, 16 / H]
+    (tmp_path / "train/labels/a.txt").write_text("0 " + " ".join(map(str, corners)))
+    (tmp_path / "train/labels/b.txt").unlink()
+    first, second = checked(read_yolo("x", str(path), "train")).records
+    assert first["annotations"][0]["bbox"] == pytest.approx(BOX) and not second["annotations"]
+    assert first["annotations"][0]["segmentation"][0] == pytest.approx([4, 6, 20, 6, 20, 16, 4, 16])
+
+
+def test_labelimgs_and_cvats_yolo_folders(tmp_path):
+    for name in ("a", "b"):
+        draw(tmp_path / "obj_train_data" / f"{name}.jpg")
+        (tmp_path / "obj_train_data" / f"{name}.txt").write_text(f"0 {12 / W} {11 / H} {16 / W} {10 / H}\n")
+    (tmp_path / "obj.names").write_text("cell\n")
+    (tmp_path / "train.txt").write_text("data/obj_train_data/b.jpg\n")
+    assert [only_box(checked(read_yolo("x", str(tmp_path), s))) for s in ("all", "train")] == [pytest.approx(BOX)] * 2
+    assert len(read_yolo("x", str(tmp_path), "train").records) == 1
+    (tmp_path / "obj.names").rename(tmp_path / "obj_train_data" / "classes.txt")
+    assert len(read_yolo("x", str(tmp_path), "0.5").records) == 1
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("1 12 11 16 10", "1 annotations cannot be read .*pixels instead of shares"),
+        ("1 0.5 0.5 0.1", "1 annotations cannot be read"),
+        ("2 0.5 0.5 0.1 0.1", "1 annotations have no class"),
+        ("1 0.5 nan 0.1 0.1", "1 boxes are absent, or not finite"),
+    ],
+)
+def test_faulty_lines_are_counted(tmp_path, line, message):
+    path = write_yolo(tmp_path)
+    (tmp_path / "train/labels/a.txt").write_text(line)
+    with pytest.raises(DistillError, match=message):
+        check_source("x", read_yolo("x", str(path), "train"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"names": None}, "is not YOLO's data.yaml"),
+        ({"names": {0: "a", 2: "b"}, "nc": 2}, "without a gap"),
+        ({"nc": 3}, "nc 3 and 2 names"),
+        ({"train": None}, "no split 'train': expected one of val"),
+        ({"train": "nowhere"}, "nowhere' does not exist"),
+    ],
+)
+def test_a_wrong_data_yaml_is_an_error(tmp_path, change, message):
+    with pytest.raises(DistillError, match=message):
+        read_yolo("x", str(write_yolo(tmp_path, **change)), "train")
+
+
+# images
+
+
+def cut(path, number=20):
+    path.write_bytes(path.read_bytes()[:-number])
+
+
+def test_faulty_images_are_counted_skipped_or_loaded(tmp_path):
+    write_flat_voc(tmp_path, list("abcdef"))
+    (tmp_path / "a.jpg").unlink()
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    cut(tmp_path / "c.jpg")
+    draw(tmp_path / "d.jpg", (W, H + 1))
+    (tmp_path / "e.xml").write_text("<annotation>")
+    (tmp_path / "list.txt").write_text("\n".join("abcdef"))
+    (tmp_path / "g.jpg").write_bytes((tmp_path / "f.jpg").read_bytes())
+    read = lambda: read_voc("x", str(tmp_path), "list")  # noqa: E731
+    with pytest.raises(DistillError) as error:
+        check_source("x", read())
+    for kind in ("do not exist: .*a.jpg", "cannot be read: .*b.jpg", "cut off .*c.jpg", "another width .*d.jpg"):
+        error.match(f"1 [a-z ]*{kind}")
+    error.match("1 annotations cannot be read .*e.xml")
+    source = checked(read(), mode="skip")
+    assert [record["image_id"] for record in source.records] == ["f"]
+    loaded = checked(read(), mode="skip", load_truncated=True)
+    assert [record["image_id"] for record in loaded.records] == ["c", "f"]
+    pixels = read_image(loaded.records[0]["file_name"], "RGB")
+    assert pixels.shape == (H, W, 3) and pixels[:8].std() > 0
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    off = checked(read(), mode="off")
+    assert len(off.records) == 6
+    (tmp_path / "list.txt").write_text("a\nb\n")
+    with pytest.raises(DistillError, match="no image without a fault"):
+        check_source("x", read(), "skip")
+
+
+def test_a_file_with_more_behind_its_image_is_complete(tmp_path):
+    draw(tmp_path / "a.jpg")
+    with (tmp_path / "a.jpg").open("ab") as stream:
+        stream.write(b"\0" * 200)
+    assert not read_header(str(tmp_path / "a.jpg")).fault
+    draw(tmp_path / "b.png")
+    cut(tmp_path / "b.png", 600)
+    assert read_header(str(tmp_path / "b.png")).fault == "image cut off"
+
+
+def seen_by_detectron2(path):
+    source = checked(read_voc("x", str(path.parent), "all"))
+    return read_image(source.records[0]["file_name"], "RGB"), source
+
+
+def test_16_bits_are_scaled(tmp_path):
+    values = torch.randint(65536, (H, W)).numpy().astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    (tmp_path / "a.xml").write_text(xml())
+    pixels, _ = seen_by_detectron2(tmp_path / "a.png")
+    assert np.abs(pixels - (values / 257)[..., None]).max() <= 0.5
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    pixels = torch.randint(256, (H, W, 4), dtype=torch.uint8).numpy()
+    pixels[..., 3] = 255
+    pixels[:5, :, 3] = 0
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
+    (tmp_path / "a.xml").write_text(xml())
+    found, _ = seen_by_detectron2(tmp_path / "a.png")
+    assert (found[:5] == 255).all() and np.array_equal(found[5:], pixels[5:, :, :3])
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK"])
+def test_gray_palette_and_cmyk(tmp_path, mode):
+    pixels = draw(tmp_path / "b.png")
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    (tmp_path / "b.png").unlink()
+    if mode == "CMYK":
+        (tmp_path / "a.tif").unlink()
+        image.save(tmp_path / "a.jpg", quality=100, subsampling=0)
+    (tmp_path / "a.xml").write_text(xml())
+    found, _ = seen_by_detectron2(next(p for p in tmp_path.iterdir() if p.suffix != ".xml"))
+    wanted = np.asarray(image.convert("RGB"))
+    assert np.abs(found.astype(int) - wanted).mean() < (12 if mode == "CMYK" else 1e-9)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("stored", [False, True])
+def test_boxes_and_masks_turn_with_a_rotated_image(tmp_path, orientation, stored):
+    """A white rectangle in the file; what Detectron2 reads is white within the box, and black without."""
+    pixels = np.zeros((H, W, 3), np.uint8)
+    pixels[6:16, 4:20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    upright = read_image(f"{tmp_path}/a.png", "RGB")
+    ys, xs = np.nonzero(upright[..., 0])
+    box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    mask = mask_util.encode(np.asfortranarray(pixels[..., 0] // 255))
+    polygon = [4, 6, 20, 6, 20, 16, 4, 16]
+    if stored and orientation < 5:
+        return  # nobody can tell: the sizes are the same
+    height, width = pixels.shape[:2] if stored else upright.shape[:2]
+    given = [4, 6, 16, 10] if stored else [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+    masks = [[polygon], {"size": [H, W], "counts": mask["counts"].decode()}] if stored else [None, None]
+    annotations = [
+        {"id": i, "image_id": 3, "category_id": 7, "bbox": [int(x) for x in given], "segmentation": m}
+        for i, m in enumerate(masks)
+    ]
+    content = coco(images=[{"id": 3, "file_name": "a.png", "width": width, "height": height}], annotations=annotations)
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    (record,) = checked(read_coco("x", f"{tmp_path}/coco.json", str(tmp_path))).records
+    assert (record["height"], record["width"]) == upright.shape[:2]
+    for annotation in record["annotations"]:
+        assert annotation["bbox"] == pytest.approx(box)
+    if stored:
+        first, second = (a["segmentation"] for a in record["annotations"])
+        drawn = mask_util.decode(mask_util.merge(mask_util.frPyObjects(first, *upright.shape[:2])))
+        assert np.array_equal(drawn, upright[..., 0] // 255)
+        assert np.array_equal(mask_util.decode(second), upright[..., 0] // 255)
+
+
+def test_headers_are_read_again_when_a_file_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    draw(tmp_path / "a.png")
+    files = [str(tmp_path / "a.png")]
+    assert read_headers(files, "k")[files[0]].width == W
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.data.images.read_header", lambda file: pytest.fail("it is known"))
+        assert read_headers(files, "k")[files[0]].width == W
+    draw(tmp_path / "a.png", (W + 1, H))
+    assert read_headers(files, "k")[files[0]].width == W + 1
+    next((tmp_path / "cache/distill").glob("*.json")).write_text("{")
+    assert read_headers(files, "k")[files[0]].width == W + 1
+
+
+def test_only_what_needs_it_is_opened_another_way(tmp_path):
+    write_flat_voc(tmp_path, ["a"])
+    assert not checked(read_voc("x", str(tmp_path), "all")).records[0]["file_name"].startswith(SEEN)
