@@ -20,6 +20,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.utils import comm
 
 from .data.formats import read_voc
 from .errors import DistillError
@@ -78,8 +79,10 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
         found.append(SemSegEvaluator(name, distributed=True, output_dir=folder))
     if kind in ("coco", "coco_panoptic_seg"):
         sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
-        # a JSON that an earlier run wrote may be of other images
-        found.append(COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas, allow_cached_coco=False))
+        if comm.is_main_process():  # Detectron2 would take what an earlier run wrote, maybe of other images
+            Path(folder, f"{name}_coco_format.json").unlink(missing_ok=True)
+        comm.synchronize()
+        found.append(COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas))
     if kind == "coco_panoptic_seg":
         found.append(COCOPanopticEvaluator(name, folder))
     if kind == "cityscapes_instance":

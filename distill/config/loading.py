@@ -279,7 +279,8 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.BACKBONE.NAME == "build_slimmable_resnet_fpn_backbone":
         cfg = slim_config(cfg)
     del cfg.MODEL.RESNETS["WIDTH_MULT"]
-    del cfg["DISTILL"], cfg.DATASETS["REGISTER"], cfg.SOLVER["OPTIMIZER"], cfg.TEST["SCALES"]
+    del cfg["DISTILL"], cfg.SOLVER["OPTIMIZER"], cfg.TEST["SCALES"], cfg.INPUT["TRUNCATED"]
+    del cfg.DATASETS["REGISTER"], cfg.DATASETS["CHECK"], cfg.DATASETS["METRIC"]
     del cfg.MODEL["ALIGNED_TEACHER"], cfg.SOLVER.AMP["PRECISION"]
     if cfg.MODEL.META_ARCHITECTURE != "FCOS":
         del cfg.MODEL["FCOS"]

@@ -28,7 +28,7 @@ KINDS = {
     "image missing": Kind("images do not exist"),
     "image unreadable": Kind("images cannot be read"),
     "image cut off": Kind("images are cut off (INPUT.TRUNCATED load reads what is there)"),
-    "image unknown": Kind("annotations belong to an image that is not listed"),
+    "image unknown": Kind("annotations belong to an image that is not listed, and are left out", True),
     "size differs": Kind("annotations give another width and height than their image has"),
     "annotation missing": Kind("images of the split have no annotation"),
     "annotation unreadable": Kind("annotations cannot be read (not XML, not numbers, or in pixels instead of shares)"),

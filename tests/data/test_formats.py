@@ -228,7 +228,6 @@ def test_an_object_without_a_mask_gets_its_boxs(tmp_path):
     "change, message",
     [
         ({"category_id": 8}, "1 annotations have no class, or one that is not declared"),
-        ({"image_id": 4}, "1 annotations belong to an image that is not listed"),
         ({"bbox": [4, 6, math.nan, 10]}, "1 boxes are absent, or not finite"),
         ({"bbox": None}, "1 boxes are absent, or not finite"),
         ({"bbox": [50, 6, 5, 10]}, "1 boxes lie outside of their image"),
@@ -247,6 +246,12 @@ def test_a_box_without_an_area_is_dropped(tmp_path, caplog):
     own = coco()["annotations"][0]
     source = checked(write_coco(tmp_path, coco(annotations=[own, {**own, "id": 6, "bbox": [4, 6, 0, 10]}])))
     assert only_box(source) == BOX and not source.json_file
+
+
+def test_annotations_of_images_that_are_not_listed_are_left_out(tmp_path):
+    own = coco()["annotations"][0]
+    source = checked(write_coco(tmp_path, coco(annotations=[own, {**own, "id": 6, "image_id": 4}])))
+    assert only_box(source) == BOX and source.json_file
 
 
 def test_classes_of_one_name_are_refused(tmp_path):

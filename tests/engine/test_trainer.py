@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from detectron2.engine import HookBase
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import COCOEvaluator
 
 from distill.distillers import ReviewDistiller
 from distill.engine import Trainer
 from distill.errors import DistillError
+from distill.evaluation import VOCEvaluator
 from distill.recipes import YamlRecipe
 from tests.helpers import detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
 
@@ -133,11 +134,11 @@ def test_evaluator_by_type(tmp_path):
     cfg = detector_cfg("faster_rcnn", **{"OUTPUT_DIR": str(tmp_path)})
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    for name, kind in (("digit_scenes_val", COCOEvaluator), ("digit_scenes_voc_val", PascalVOCDetectionEvaluator)):
+    for name, kind in (("digit_scenes_val", COCOEvaluator), ("digit_scenes_voc_val", VOCEvaluator)):
         DatasetCatalog.get(name)
         assert isinstance(YamlRecipe(cfg).build_evaluator(name), kind)
-    MetadataCatalog.get("strange").evaluator_type = "lvis"
-    with pytest.raises(DistillError, match="strange has the evaluator_type 'lvis'"):
+    MetadataCatalog.get("strange").evaluator_type = "boundaries"
+    with pytest.raises(DistillError, match="strange has the evaluator_type 'boundaries'"):
         YamlRecipe(cfg).build_evaluator("strange")
 
 

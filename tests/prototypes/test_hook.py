@@ -164,10 +164,10 @@ def test_collected_rows_are_the_features_of_the_annotated_boxes(tmp_path):
     assert torch.equal(torch.random.get_rng_state(), state)  # the training draws the same numbers
     images = YamlRecipe(cfg).training_images()
     expected = sorted(
-        (i, x["category_id"], *(v + d for v, d in zip(x["bbox"], (0, 0, *x["bbox"][:2]))))
+        (i, x["category_id"], *x["bbox"])
         for i, image in enumerate(images)
         for x in image["annotations"]
-        if min(x["bbox"][2:]) > 20  # in pixels of the file, not of the image resized to half its size
+        if min(x["bbox"][2] - x["bbox"][0], x["bbox"][3] - x["bbox"][1]) > 20  # pixels of the file
     )
     got = sorted(
         (i, label, *(round(v) for v in box))

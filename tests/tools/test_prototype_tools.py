@@ -37,7 +37,7 @@ def test_each_class_with_prototypes_has_a_sheet(tmp_path):
 
 
 def test_a_sheet_shows_the_boxes_of_its_class(tmp_path):
-    cfg = make_cfg(tmp_path, "colours", num_images=2)
+    cfg = make_cfg(tmp_path, "colours", (100, 100), num_images=2)
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     colours = np.eye(3, dtype=np.uint8)[:2] * 255  # class 0 in a red image, class 1 in a green one
     for number, colour in enumerate(colours):
