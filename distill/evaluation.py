@@ -79,9 +79,10 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
         found.append(SemSegEvaluator(name, distributed=True, output_dir=folder))
     if kind in ("coco", "coco_panoptic_seg"):
         sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
-        if comm.is_main_process():  # Detectron2 would take what an earlier run wrote, maybe of other images
-            Path(folder, f"{name}_coco_format.json").unlink(missing_ok=True)
-        comm.synchronize()
+        if not MetadataCatalog.get(name).get("json_file"):  # Detectron2 will write one
+            if comm.is_main_process():  # or take an earlier run's, maybe of other images
+                Path(folder, f"{name}_coco_format.json").unlink(missing_ok=True)
+            comm.synchronize()
         found.append(COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas))
     if kind == "coco_panoptic_seg":
         found.append(COCOPanopticEvaluator(name, folder))

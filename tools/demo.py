@@ -3,7 +3,7 @@
 
     python tools/demo.py [--output output/demo]
     python tools/demo.py --data TRAIN TEST     # your own photos, each in a form of DATASETS.REGISTER without its name:
-                                               # voc:ROOT:SPLIT[:class,class,...] or coco:JSON:IMAGE_ROOT
+                                               # such as voc:ROOT:SPLIT, coco:JSON:IMAGE_ROOT, yolo:data.yaml:SPLIT
 
 Trains them with train_net.py, on ``digit_scenes`` (which needs no download) or on your photos, prints one table, and
 draws their detections side by side. Finished stages are kept, and an interrupted one goes on from its last checkpoint.
@@ -64,7 +64,7 @@ def photo_opts(train_set: str, test_set: str) -> list[str]:
     """Registers data sets of the user's own.
 
     Args:
-        train_set: to train on, ``voc:ROOT:SPLIT[:class,class,...]`` or ``coco:JSON:IMAGE_ROOT``.
+        train_set: to train on, such as ``voc:ROOT:SPLIT``, ``coco:JSON:IMAGE_ROOT`` or ``yolo:data.yaml:SPLIT``.
         test_set: to test on, the same.
 
     Returns:

@@ -61,10 +61,11 @@ def check_source(name: str, source: Source, mode: str = "error", load_truncated:
     headers = read_headers(wanted, name + source.records[0]["file_name"] if source.records else name)
     faults = list(source.faults)
     notes: dict[str, list[str]] = defaultdict(list)
+    is_turned = False
     for record in source.records:
         header = headers.get(record["file_name"])
         if header is not None:
-            _check_image(record, header, faults, notes, load_truncated)
+            is_turned |= _check_image(record, header, faults, notes, load_truncated)
         _to_pixels(record)
         if mode != "off":
             _check_boxes(record, faults)
@@ -89,7 +90,7 @@ def check_source(name: str, source: Source, mode: str = "error", load_truncated:
         source.records = kept
         if not kept:
             raise DistillError(f"The data set {name} has no image without a fault: {'; '.join(describe(real))}.")
-    if any(fault.kind != "image unknown" for fault in faults) or "are rotated by their EXIF tag" in notes:
+    if is_turned or any(fault.kind != "image unknown" for fault in faults):
         source.json_file = ""  # which knows nothing of it
 
 
@@ -112,18 +113,20 @@ def describe(faults: list[Fault]) -> list[str]:
     return lines
 
 
-def _check_image(record: dict, header: Header, faults: list[Fault], notes: dict, load_truncated: bool) -> None:
+def _check_image(record: dict, header: Header, faults: list[Fault], notes: dict, load_truncated: bool) -> bool:
+    """Whether the annotations were turned."""
     file = record["file_name"]
     if header.fault and not (header.fault == "image cut off" and load_truncated):
         faults.append(Fault(header.fault, record, file))
         if not header.width:
-            return
+            return False
     given, stored, seen = (record["width"], record["height"]), (header.width, header.height), header.seen_size
     record["width"], record["height"] = seen
-    if all(given) and given != seen:
+    is_turned = all(given) and given != seen
+    if is_turned:
         if given != stored:
             faults.append(Fault("size differs", record, file))
-            return
+            return False
         for annotation in record["annotations"]:
             _turn(annotation, header)
         notes["are rotated by their EXIF tag"].append(file)
@@ -131,6 +134,7 @@ def _check_image(record: dict, header: Header, faults: list[Fault], notes: dict,
         notes[_NOTES[header.needs]].append(file)
     if header.needs or header.fault:
         record["file_name"] = SEEN + file
+    return is_turned
 
 
 def _turn(annotation: dict, header: Header) -> None:

@@ -72,6 +72,11 @@ def register_from_config(cfg: CfgNode) -> None:
 
 def _register(name: str, source: Source, evaluator_type: str) -> None:
     records = source.records
+    objects = sum(len(record["annotations"]) for record in records)
+    if not objects:
+        raise DistillError(
+            f"DATASETS.REGISTER, {name}: its {len(records)} images have no annotated object: expected one at least."
+        )
     DatasetCatalog.register(name, lambda: copy.deepcopy(records))  # mappers may change them
     metadata = {**source.metadata, **({"json_file": source.json_file} if source.json_file else {})}
     if not source.json_file:
@@ -88,7 +93,6 @@ def _register(name: str, source: Source, evaluator_type: str) -> None:
         masks=sorted(encodings),
         **metadata,
     )
-    objects = sum(len(record["annotations"]) for record in records)
     logger.info(f"{name}: {len(records)} images, {objects} objects of {len(source.classes)} classes")
 
 

@@ -145,7 +145,7 @@ class Trainer(TrainerBase):
         try:
             self._results = self.recipe.evaluate(self.model)
         except Exception as error:  # of an evaluator, of a data set
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            reason = str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
             raise DistillError(
                 f"The evaluation after iteration {self.iter} failed: {reason} What was learned is safe in "
                 f"{self.cfg.OUTPUT_DIR}: mend the cause, then evaluate by --eval-only --resume, or go on by --resume."

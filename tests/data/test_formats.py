@@ -9,14 +9,12 @@ import pytest
 import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
-from PIL import Image, ImageFile
+from PIL import Image
 
 from distill.data import register_datasets
 from distill.data.check import check_source
 from distill.data.formats import read_coco, read_voc, read_yolo
-from distill.data.images import SEEN, read_header, read_headers
 from distill.errors import DistillError
 from distill.evaluation import VOCEvaluator
 from tests.data.test_register import unregister  # noqa: F401  a fixture
@@ -309,6 +307,7 @@ def test_labelimgs_and_cvats_yolo_folders(tmp_path):
         ("1 12 11 16 10", "1 annotations cannot be read .*pixels instead of shares"),
         ("1 0.5 0.5 0.1", "1 annotations cannot be read"),
         ("2 0.5 0.5 0.1 0.1", "1 annotations have no class"),
+        ("nan 0.5 0.5 0.1 0.1", "1 annotations have no class"),
         ("1 0.5 nan 0.1 0.1", "1 boxes are absent, or not finite"),
     ],
 )
@@ -334,140 +333,12 @@ def test_a_wrong_data_yaml_is_an_error(tmp_path, change, message):
         read_yolo("x", str(write_yolo(tmp_path, **change)), "train")
 
 
-# images
-
-
-def cut(path, number=20):
-    path.write_bytes(path.read_bytes()[:-number])
-
-
-def test_faulty_images_are_counted_skipped_or_loaded(tmp_path):
-    write_flat_voc(tmp_path, list("abcdef"))
-    (tmp_path / "a.jpg").unlink()
-    (tmp_path / "b.jpg").write_bytes(b"no image")
-    cut(tmp_path / "c.jpg")
-    draw(tmp_path / "d.jpg", (W, H + 1))
-    (tmp_path / "e.xml").write_text("<annotation>")
-    (tmp_path / "list.txt").write_text("\n".join("abcdef"))
-    (tmp_path / "g.jpg").write_bytes((tmp_path / "f.jpg").read_bytes())
-    read = lambda: read_voc("x", str(tmp_path), "list")  # noqa: E731
-    with pytest.raises(DistillError) as error:
-        check_source("x", read())
-    for kind in ("do not exist: .*a.jpg", "cannot be read: .*b.jpg", "cut off .*c.jpg", "another width .*d.jpg"):
-        error.match(f"1 [a-z ]*{kind}")
-    error.match("1 annotations cannot be read .*e.xml")
-    source = checked(read(), mode="skip")
-    assert [record["image_id"] for record in source.records] == ["f"]
-    loaded = checked(read(), mode="skip", load_truncated=True)
-    assert [record["image_id"] for record in loaded.records] == ["c", "f"]
-    pixels = read_image(loaded.records[0]["file_name"], "RGB")
-    assert pixels.shape == (H, W, 3) and pixels[:8].std() > 0
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES
-    off = checked(read(), mode="off")
-    assert len(off.records) == 6
-    (tmp_path / "list.txt").write_text("a\nb\n")
-    with pytest.raises(DistillError, match="no image without a fault"):
-        check_source("x", read(), "skip")
-
-
-def test_a_file_with_more_behind_its_image_is_complete(tmp_path):
-    draw(tmp_path / "a.jpg")
-    with (tmp_path / "a.jpg").open("ab") as stream:
-        stream.write(b"\0" * 200)
-    assert not read_header(str(tmp_path / "a.jpg")).fault
-    draw(tmp_path / "b.png")
-    cut(tmp_path / "b.png", 600)
-    assert read_header(str(tmp_path / "b.png")).fault == "image cut off"
-
-
-def seen_by_detectron2(path):
-    source = checked(read_voc("x", str(path.parent), "all"))
-    return read_image(source.records[0]["file_name"], "RGB"), source
-
-
-def test_16_bits_are_scaled(tmp_path):
-    values = torch.randint(65536, (H, W)).numpy().astype(np.uint16)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    (tmp_path / "a.xml").write_text(xml())
-    pixels, _ = seen_by_detectron2(tmp_path / "a.png")
-    assert np.abs(pixels - (values / 257)[..., None]).max() <= 0.5
-
-
-def test_transparent_pixels_are_white(tmp_path):
-    pixels = torch.randint(256, (H, W, 4), dtype=torch.uint8).numpy()
-    pixels[..., 3] = 255
-    pixels[:5, :, 3] = 0
-    Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
-    (tmp_path / "a.xml").write_text(xml())
-    found, _ = seen_by_detectron2(tmp_path / "a.png")
-    assert (found[:5] == 255).all() and np.array_equal(found[5:], pixels[5:, :, :3])
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK"])
-def test_gray_palette_and_cmyk(tmp_path, mode):
-    pixels = draw(tmp_path / "b.png")
-    image = Image.fromarray(pixels).convert(mode)
-    image.save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
-    (tmp_path / "b.png").unlink()
-    if mode == "CMYK":
-        (tmp_path / "a.tif").unlink()
-        image.save(tmp_path / "a.jpg", quality=100, subsampling=0)
-    (tmp_path / "a.xml").write_text(xml())
-    found, _ = seen_by_detectron2(next(p for p in tmp_path.iterdir() if p.suffix != ".xml"))
-    wanted = np.asarray(image.convert("RGB"))
-    assert np.abs(found.astype(int) - wanted).mean() < (12 if mode == "CMYK" else 1e-9)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("stored", [False, True])
-def test_boxes_and_masks_turn_with_a_rotated_image(tmp_path, orientation, stored):
-    """A white rectangle in the file; what Detectron2 reads is white within the box, and black without."""
-    pixels = np.zeros((H, W, 3), np.uint8)
-    pixels[6:16, 4:20] = 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    upright = read_image(f"{tmp_path}/a.png", "RGB")
-    ys, xs = np.nonzero(upright[..., 0])
-    box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-    mask = mask_util.encode(np.asfortranarray(pixels[..., 0] // 255))
-    polygon = [4, 6, 20, 6, 20, 16, 4, 16]
-    if stored and orientation < 5:
-        return  # nobody can tell: the sizes are the same
-    height, width = pixels.shape[:2] if stored else upright.shape[:2]
-    given = [4, 6, 16, 10] if stored else [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-    masks = [[polygon], {"size": [H, W], "counts": mask["counts"].decode()}] if stored else [None, None]
-    annotations = [
-        {"id": i, "image_id": 3, "category_id": 7, "bbox": [int(x) for x in given], "segmentation": m}
-        for i, m in enumerate(masks)
-    ]
-    content = coco(images=[{"id": 3, "file_name": "a.png", "width": width, "height": height}], annotations=annotations)
-    (tmp_path / "coco.json").write_text(json.dumps(content))
-    (record,) = checked(read_coco("x", f"{tmp_path}/coco.json", str(tmp_path))).records
-    assert (record["height"], record["width"]) == upright.shape[:2]
-    for annotation in record["annotations"]:
-        assert annotation["bbox"] == pytest.approx(box)
-    if stored:
-        first, second = (a["segmentation"] for a in record["annotations"])
-        drawn = mask_util.decode(mask_util.merge(mask_util.frPyObjects(first, *upright.shape[:2])))
-        assert np.array_equal(drawn, upright[..., 0] // 255)
-        assert np.array_equal(mask_util.decode(second), upright[..., 0] // 255)
-
-
-def test_headers_are_read_again_when_a_file_changed(tmp_path, monkeypatch):
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    draw(tmp_path / "a.png")
-    files = [str(tmp_path / "a.png")]
-    assert read_headers(files, "k")[files[0]].width == W
-    with monkeypatch.context() as patch:
-        patch.setattr("distill.data.images.read_header", lambda file: pytest.fail("it is known"))
-        assert read_headers(files, "k")[files[0]].width == W
-    draw(tmp_path / "a.png", (W + 1, H))
-    assert read_headers(files, "k")[files[0]].width == W + 1
-    next((tmp_path / "cache/distill").glob("*.json")).write_text("{")
-    assert read_headers(files, "k")[files[0]].width == W + 1
-
-
-def test_only_what_needs_it_is_opened_another_way(tmp_path):
-    write_flat_voc(tmp_path, ["a"])
-    assert not checked(read_voc("x", str(tmp_path), "all")).records[0]["file_name"].startswith(SEEN)
+def test_a_file_that_is_no_text_is_a_fault(tmp_path):
+    path = write_yolo(tmp_path)
+    (tmp_path / "train/labels/a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DistillError, match="1 annotations cannot be read .*a.txt"):
+        check_source("x", read_yolo("x", str(path), "train"))
+    path.unlink()
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(DistillError, match="classes.txt' is not UTF-8 text"):
+        read_yolo("x", str(tmp_path), "all")

@@ -125,7 +125,7 @@ def test_the_same_entry_twice_is_fine_and_another_of_that_name_is_not(tmp_path):
         ("v=yolo:{root}:train", "has no list of classes"),
         ("v=voc:{root}/no:train", "folder '.*/no' does not exist"),
         ("v=voc:{root}/Annotations:train", "there is no split 'train': expected a share"),
-        ("v=voc:{root}:val", "split '.*val.txt' does not exist; there are: bare, empty, lost, train"),
+        ("v=voc:{root}:val", "no split 'val': expected .* Lists in .*: bare, empty, lost, train"),
         ("v=voc:{root}:empty", "split '.*empty.txt' is empty"),
         ("v=voc:{root}:lost", "1 images do not exist: .*99.jpg"),
         ("v=voc:{root}:bare", "1 images of the split have no annotation: .*98.jpg"),

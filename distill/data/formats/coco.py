@@ -39,7 +39,11 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
         classes = [str(category["name"]) for category in categories]
         stems = [str(Path(str(image["file_name"])).with_suffix("")) for image in images]
         keys = [str(image["id"]) for image in images]
-    except (ValueError, KeyError, TypeError) as error:
+        sizes = [(int(image.get("height") or 0), int(image.get("width") or 0)) for image in images]
+        by_image = defaultdict(list)
+        for annotation in annotations:
+            by_image[str(annotation["image_id"])].append(annotation)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         require(False, name, f"'{json_file}' is not COCO JSON (images, annotations, categories): {error!r}.")
     require(bool(images), name, f"the file '{json_file}' lists no image.")
     require(
@@ -52,20 +56,17 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
     chosen = set(select(name, split, stems, path.parent))
     source = Source(classes, [], "coco")
     numbers = {str(category["id"]): index for index, category in enumerate(categories)}
-    by_image = defaultdict(list)
-    for annotation in annotations:
-        by_image[str(annotation.get("image_id"))].append(annotation)
     for key in by_image.keys() - set(keys):
         source.faults.append(Fault("image unknown", None, f"{json_file}, image_id {key}"))
     are_numbers = all(type(image["id"]) is int for image in images)
-    for index, (image, key, stem) in enumerate(zip(images, keys, stems)):
+    for index, (image, key, stem, (height, width)) in enumerate(zip(images, keys, stems, sizes)):
         if stem not in chosen:
             continue
         record = {
             "file_name": _find(root, str(image["file_name"])),
             "image_id": image["id"] if are_numbers else index + 1,
-            "height": int(image.get("height") or 0),
-            "width": int(image.get("width") or 0),
+            "height": height,
+            "width": width,
             "annotations": [],
         }
         source.records.append(record)
@@ -73,7 +74,9 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
             _read_annotation(source, record, annotation, numbers)
     _complete_masks(source)
     is_whole = split == "all" and are_numbers and not raw.startswith(b"\xef\xbb\xbf")
-    if is_whole and all(type(c["id"]) is int for c in categories) and all(_is_standard(a) for a in annotations):
+    is_unique = len({str(a.get("id")) for a in annotations}) == len(annotations)
+    are_standard = all(type(c["id"]) is int for c in categories) and all(_is_standard(a) for a in annotations)
+    if is_whole and is_unique and are_standard:
         source.json_file = absolute(path)
         source.metadata["thing_dataset_id_to_contiguous_id"] = {c["id"]: i for i, c in enumerate(categories)}
     return source

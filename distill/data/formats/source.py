@@ -81,8 +81,16 @@ def find_images(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def read_names(path: Path) -> list[str]:
-    """The lines of a text file that are not empty, without spaces around them."""
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    """The lines of a text file that are not empty, without spaces around them.
+
+    Raises:
+        DistillError: it is not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DistillError(f"'{path}' is not UTF-8 text ({error.reason}): save it as UTF-8.") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def given_classes(text: str | Sequence[str]) -> list[str]:
@@ -143,7 +151,8 @@ def select(name: str, split: str, stems: Sequence[str], folder: Path) -> list[st
         if path.is_file():
             names = read_names(path)
             require(bool(names), name, f"the split '{path}' is empty: expected the name of an image on each line.")
-            return [_without_column(line, set(stems)) for line in names]
+            known = set(stems)
+            return [_without_column(line, known) for line in names]
     lists = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"
     require(
         False,
@@ -155,6 +164,7 @@ def select(name: str, split: str, stems: Sequence[str], folder: Path) -> list[st
 
 
 def _share(split: str) -> float | None:
+    """The number that a split is; None where it is a name."""
     try:
         return float(split)
     except ValueError:
@@ -162,7 +172,8 @@ def _share(split: str) -> float | None:
 
 
 def _without_column(line: str, stems: set[str]) -> str:
-    """The image of a line of a split, whose second column is a class's -1, 0 or 1. A path is cut to its name."""
+    """The image of a line of a split. PASCAL VOC's lists of one class have a second column, -1, 0 or 1; a name may have
+    spaces, too. A path is cut to its name."""
     first, _, last = line.rpartition(" ")
     candidates = [line, first.strip()] if last in ("-1", "0", "1") and first else [line]
     for candidate in candidates:

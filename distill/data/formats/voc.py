@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from detectron2.structures import BoxMode
 
-from .source import Fault, Source, absolute, check_classes, find_images, given_classes, read_names, require, select
+from .source import Fault, Source, absolute, check_classes, find_images, given_classes, require, select
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -39,7 +39,8 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
         "ImageSets/Main, JPEGImages), or images and XML files in one folder or two.",
     )
     images = find_images([folder / "JPEGImages", folder, *sorted(p for p in folder.iterdir() if p.is_dir())])
-    stems = _official(name, folder, split, set(images)) or select(name, split, _both(annotations, images), folder)
+    lists = folder / "ImageSets" / "Main"
+    stems = select(name, split, _both(annotations, images), lists if lists.is_dir() else folder)
     source = Source([], [], "pascal_voc", metadata={"year": 2007 if "2007" in folder.resolve().name else 2012})
     parsed = {stem: _parse(path) for stem, path in annotations.items()}
     found = {c for tree in parsed.values() if tree is not None for c in _names(tree)}
@@ -70,25 +71,6 @@ def _annotations(folder: Path) -> dict[str, Path]:
 def _both(annotations: dict[str, Path], images: dict[str, Path]) -> list[str]:
     """Of a flat folder what is annotated: an image without an XML file has not been looked at."""
     return [stem for stem in annotations if stem in images] or list(annotations)
-
-
-def _official(name: str, folder: Path, split: str, stems: set[str]) -> list[str]:
-    lists = folder / "ImageSets" / "Main"
-    if not lists.is_dir() or not (lists / f"{split}.txt").is_file():
-        there = sorted(path.stem for path in lists.glob("*.txt"))
-        require(
-            not there or split == "all" or split.lstrip("-").replace(".", "").isdigit() or Path(split).is_file(),
-            name,
-            f"the split '{lists / split}.txt' does not exist; there are: {', '.join(there)}.",
-        )
-        return []
-    lines = read_names(lists / f"{split}.txt")
-    require(bool(lines), name, f"the split '{lists / split}.txt' is empty: expected the name of an image on each line.")
-    # those of one class have a second column; a name may have spaces, too
-    return [
-        line if line in stems or line.split()[-1] not in ("-1", "0", "1") else line.rpartition(" ")[0].strip() or line
-        for line in lines
-    ]
 
 
 def _parse(path: Path) -> ElementTree.Element | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 from detectron2.structures import BoxMode
 
+from ...errors import DistillError
 from .source import IMAGE_TYPES, Fault, Source, absolute, check_classes, read_names, require, select
 
 _CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
@@ -122,20 +123,22 @@ def _label_file(image: Path) -> Path:
 def _read_labels(source: Source, record: dict, path: Path) -> None:
     if not path.is_file():
         return
-    for line in read_names(path):
+    try:
+        lines = read_names(path)
+    except DistillError:
+        lines = ["not text"]
+    for line in lines:
         try:
             number, *values = (float(text) for text in line.split())
             is_box = len(values) == 4
-            if not is_box and (len(values) < 6 or len(values) % 2):
+            is_polygon = len(values) >= 6 and len(values) % 2 == 0
+            if not (is_box or is_polygon) or any(abs(value) > 2 for value in values):  # pixels
                 raise ValueError(line)
         except ValueError:
             source.faults.append(Fault("annotation unreadable", record, str(path)))
             continue
-        if number != int(number) or not 0 <= number < len(source.classes):
+        if number not in range(len(source.classes)):
             source.faults.append(Fault("class unknown", record, str(path)))
-            continue
-        if any(abs(value) > 2 for value in values):  # pixels
-            source.faults.append(Fault("annotation unreadable", record, str(path)))
             continue
         annotation = {"bbox_mode": BoxMode.XYXY_ABS, "category_id": int(number), "iscrowd": 0, "relative": True}
         if is_box:
