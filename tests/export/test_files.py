@@ -32,17 +32,16 @@ def image_of(height, width):
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def describe_file(outputs, size=None):
-    return FileMetadata(
-        class_names=["a", "é", "c"],
-        pixel_mean=[103.5, 116.3, 123.7],
-        pixel_std=[58.0, 57.0, 57.0],
-        channel_order="BGR",
-        size=size,
-        short_edge=96,
-        max_size=None,
-        outputs=outputs,
-    )
+def describe_file(outputs, size=None, **others):
+    fields = {
+        "class_names": ["a", "é", "c"],
+        "pixel_mean": [103.5, 116.3, 123.7],
+        "pixel_std": [58.0, 57.0, 57.0],
+        "channel_order": "BGR",
+        "short_edge": 96,
+        "max_size": None,
+    }
+    return FileMetadata(outputs=outputs, size=size, **{**fields, **others})
 
 
 def box_predictors(model):
