@@ -12,7 +12,7 @@ from PIL import Image
 from distill.config import load_config
 from distill.distillers import DISTILLER_REGISTRY
 from distill.engine import Trainer
-from distill.export import build_input_mapper, load_deployed, raw_outputs, write_onnx
+from distill.export import build_input_mapper, load_deployed, output_names, write_onnx
 from tests.export.test_files import describe_file, finding_detector, image_of
 from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
 
@@ -114,7 +114,7 @@ def test_the_variants_of_the_page_are_read(tmp_path):
 def test_the_onnx_snippet_finds_what_the_wrapper_does(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deployment.md").read_text(), re.DOTALL)
     model, image = finding_detector("faster_rcnn"), image_of(75, 90)
-    metadata = describe_file(list(raw_outputs(model, [{"image": image}])), max_size=120)
+    metadata = describe_file(output_names(model, image), max_size=120)
     (tmp_path / "exported").mkdir()
     write_onnx(model, image, tmp_path / "exported" / "model.onnx", metadata)
     photo = tmp_path / "photo.jpg"

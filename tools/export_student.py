@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,9 +38,9 @@ from distill.export import (
     evaluate_both,
     import_onnx,
     load_deployed,
+    output_names,
     pad_image,
     random_inputs,
-    raw_outputs,
     read_test_inputs,
     register_test_sets,
     write_onnx,
@@ -120,15 +121,16 @@ def export_file(args: argparse.Namespace) -> None:
         register_test_sets(recipe)  # they name the classes
         recipe.check_evaluation(True)
     model = load_student(recipe.plain(), args.weights, args.device).eval().requires_grad_(False)
-    outputs = list(raw_outputs(model, random_inputs((64, 64), 1)))
-    metadata = describe(recipe, model, outputs, args.size, args.device)
+    metadata = describe(recipe, model, args.size, args.device)
     images, source = images_to_check(recipe, metadata, args.num_images, args.evaluate)
+    traced = pad_image(images[0], metadata).to(args.device)
+    metadata = replace(metadata, outputs=output_names(model, traced))
 
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     name, write = FILES[args.format]
     path = folder / name
-    write(model, pad_image(images[0], metadata).to(args.device), path, metadata)
+    write(model, traced, path, metadata)
     logger.info(f"{path} is written: comparing it with the student in PyTorch on {source}.")
     reference, detector = eager_detector(model, metadata), load_deployed(path)
     check_file(reference, detector, model, images, f"{path} on {source}")

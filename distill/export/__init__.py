@@ -12,7 +12,7 @@ from .check import (
 )
 from .deployed import DeployedDetector, import_onnx, load_deployed, pad_image
 from .metadata import FileMetadata, build_input_mapper, class_names, describe
-from .tracing import eager_detector, raw_outputs, write_onnx, write_torchscript
+from .tracing import eager_detector, output_names, raw_outputs, write_onnx, write_torchscript
 
 __all__ = [
     "TOLERANCE",
@@ -28,6 +28,7 @@ __all__ = [
     "evaluate_both",
     "import_onnx",
     "load_deployed",
+    "output_names",
     "pad_image",
     "random_inputs",
     "raw_outputs",

@@ -115,27 +115,32 @@ def compare_on(
         The largest differences, over all images.
 
     Raises:
-        DistillError: the file cannot be run on an image.
+        DistillError: the file or the detector cannot be run on an image.
     """
     threshold, limit = _cut_offs(model)
     result = Difference()
     started = logged = time.perf_counter()
     for index, image in enumerate(images):
-        try:
-            found = detector.detect(image)
-        except DistillError:
-            raise
-        except Exception as error:  # whatever a runtime raises
-            raise DistillError(
-                f"The file cannot be run on an image of {image.shape[1]}x{image.shape[2]} pixels: {first_line(error)} "
-                "Does the student compute with fixed sizes? Give --size HEIGHT WIDTH."
-            ) from error
-        result |= compare(reference.detect(image), found, threshold, limit)
+        found = _detect(detector, image, "The file")
+        own = _detect(reference, image, "The student")
+        result |= compare(own, found, threshold, limit)
         if time.perf_counter() - logged > 10:
             logged = time.perf_counter()
             left = (logged - started) / (index + 1) * (len(images) - index - 1)
             logger.info(f"compared {index + 1} of {len(images)} images, {left:.0f} s left")
     return result
+
+
+def _detect(detector: DeployedDetector, image: Tensor, what: str) -> Instances:
+    try:
+        return detector.detect(image)
+    except DistillError:
+        raise
+    except Exception as error:  # whatever a runtime raises
+        raise DistillError(
+            f"{what} cannot be run on an image of {image.shape[1]}x{image.shape[2]} pixels: {first_line(error)} Does "
+            "the student compute with fixed sizes? Give --size HEIGHT WIDTH."
+        ) from error
 
 
 def _cut_offs(model: nn.Module) -> tuple[float, float]:

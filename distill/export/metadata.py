@@ -101,15 +101,12 @@ def build_input_mapper(metadata: FileMetadata) -> CheckedMapper:
     return CheckedMapper(DatasetMapper(False, augmentations=resize, image_format=metadata.channel_order))
 
 
-def describe(
-    recipe: Recipe, model: nn.Module, outputs: list[str], size: Sequence[int] | None = None, device: str = "cpu"
-) -> FileMetadata:
-    """The metadata of a file of a detector.
+def describe(recipe: Recipe, model: nn.Module, size: Sequence[int] | None = None, device: str = "cpu") -> FileMetadata:
+    """The metadata of a file of a detector, but for its outputs: see :func:`distill.export.output_names`.
 
     Args:
         recipe: the detector's; its data sets are registered, if they are to name the classes.
         model: the detector.
-        outputs: the names of the outputs.
         size: height and width, of a file of fixed size.
         device: what a TorchScript file is for.
 
@@ -129,7 +126,7 @@ def describe(
         pixel_mean=model.pixel_mean.flatten().tolist(),
         pixel_std=model.pixel_std.flatten().tolist(),
         size=None if size is None else list(size),
-        outputs=outputs,
+        outputs=[],
         device=device,
         **_describe_test_mapper(recipe),
     )

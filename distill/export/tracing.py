@@ -55,6 +55,30 @@ def raw_outputs(model: nn.Module, inputs: list[dict]) -> dict[str, Tensor]:
     return {name: getattr(found[name], "tensor", found[name]) for name in sorted(found)}
 
 
+def output_names(model: nn.Module, image: Tensor) -> list[str]:
+    """The outputs of a detector, in order.
+
+    Args:
+        model: the detector, in evaluation mode.
+        image: uint8 Tensor[3, H, W], on its device.
+
+    Returns:
+        Their names.
+
+    Raises:
+        DistillError: the detector cannot run on the image, or returns what cannot be exported.
+    """
+    try:
+        return list(raw_outputs(model, [{"image": image}]))
+    except DistillError:
+        raise
+    except Exception as error:  # whatever a detector raises for a size that it is not made for
+        raise DistillError(
+            f"The student cannot run on an image of {image.shape[1]}x{image.shape[2]} pixels (height x width): "
+            f"{first_line(error)} Set DATASETS.TEST and how its images are resized, or give --size HEIGHT WIDTH."
+        ) from error
+
+
 def eager_detector(model: nn.Module, metadata: FileMetadata) -> DeployedDetector:
     """The detector in PyTorch, called in the same way as a file of it: an image of the file's size, raw outputs.
 

@@ -7,7 +7,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from distill.errors import DistillError
-from distill.export import compare, compare_on, eager_detector, evaluate_both, load_deployed, raw_outputs
+from distill.export import compare, compare_on, eager_detector, evaluate_both, load_deployed, output_names
 from distill.export.tracing import write_torchscript
 from tests.export.test_files import box_predictors, describe_file, finding_detector, image_of
 
@@ -76,7 +76,7 @@ def test_not_a_number_is_a_difference():
 def test_a_file_of_another_detector_is_caught(tmp_path, kind, part):
     model = finding_detector(kind)
     image = image_of(64, 96)
-    metadata = describe_file(list(raw_outputs(model, [{"image": image}])))
+    metadata = describe_file(output_names(model, image))
     write_torchscript(model, image, tmp_path / "model.ts", metadata)
     detector = load_deployed(tmp_path / "model.ts")
     images = [image, image_of(80, 64)]

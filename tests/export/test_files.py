@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling import build_model
 
 from distill.errors import DistillError
-from distill.export import FileMetadata, eager_detector, load_deployed, pad_image, raw_outputs
+from distill.export import FileMetadata, eager_detector, load_deployed, output_names, pad_image, raw_outputs
 from distill.export import deployed as deployed_module
 from distill.export.tracing import write_onnx, write_torchscript
 from tests.helpers import DETECTORS, NUM_CLASSES, detector_cfg
@@ -69,7 +69,7 @@ def models():
 
 
 def write(model, path, size=None, traced=TRACED):
-    outputs = list(raw_outputs(model, [{"image": image_of(*traced)}]))
+    outputs = output_names(model, image_of(*traced))
     metadata = describe_file(outputs, size)
     FORMATS[path.suffix[1:]](model, pad_image(image_of(*traced), metadata), path, metadata)
     assert not any(module.training for module in model.modules())
@@ -222,3 +222,5 @@ def test_what_cannot_be_exported(tmp_path, models):
     for suffix, kind in (("ts", "TorchScript"), ("onnx", "ONNX")):
         with pytest.raises(DistillError, match=f"cannot be written as {kind}: RuntimeError: Unknown operator Use"):
             FORMATS[suffix](Untraceable(), image_of(8, 8), tmp_path / f"model.{suffix}", describe_file([]))
+        with pytest.raises(DistillError, match=r"an image of 8x9 pixels .*: Unknown operator Set DATASETS\.TEST"):
+            output_names(Untraceable(), image_of(8, 9))

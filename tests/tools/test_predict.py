@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from distill.errors import DistillError
-from distill.export import raw_outputs
+from distill.export import output_names
 from distill.export.tracing import write_onnx, write_torchscript
 from tests.export.test_files import describe_file, finding_detector, image_of
 from tests.helpers import ROOT, run_script
@@ -47,7 +47,7 @@ def test_a_checkpoint_and_files_of_it_find_the_same(tmp_path):
         assert picture.convert("RGB").resize(size).tobytes() != drawn
 
     model, image = finding_detector("mask_rcnn"), image_of(75, 90)
-    outputs = list(raw_outputs(model, [{"image": image}]))
+    outputs = output_names(model, image)
     mean = {"pixel_mean": model.pixel_mean.flatten().tolist(), "max_size": 160, "class_names": ["c0", "c1", "c2"]}
     metadata = describe_file(outputs, **mean)
     for name, write in (("model.ts", write_torchscript), ("model.onnx", write_onnx)):
