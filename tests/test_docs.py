@@ -7,11 +7,14 @@ import textwrap
 import pytest
 import yaml
 from detectron2.modeling import build_model
+from PIL import Image
 
 from distill.config import load_config
 from distill.distillers import DISTILLER_REGISTRY
 from distill.engine import Trainer
-from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, write_teacher
+from distill.export import build_input_mapper, load_deployed, output_names, write_onnx
+from tests.export.test_files import describe_file, finding_detector, image_of
+from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "projects").glob("*/README.md"))]
@@ -106,3 +109,25 @@ def test_the_variants_of_the_page_are_read(tmp_path):
     losses = model(random_batch((64, 96)))
     assert {"loss_imitation", "loss_imitation_boxes"} < losses.keys()
     assert model.distillers["ImitationDistiller/boxes"].loss_weight == 2.0
+
+
+def test_the_onnx_snippet_finds_what_the_wrapper_does(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deployment.md").read_text(), re.DOTALL)
+    model, image = finding_detector("faster_rcnn"), image_of(75, 90)
+    metadata = describe_file(output_names(model, image), max_size=120)
+    (tmp_path / "exported").mkdir()
+    write_onnx(model, image, tmp_path / "exported" / "model.onnx", metadata)
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(image_of(60, 140).permute(1, 2, 0).numpy()).save(photo)
+    (tmp_path / "snippet.py").write_text(block.replace("score > 0.5", "score > 0.2"))
+    result = run_script("snippet.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    detector = load_deployed(tmp_path / "exported" / "model.onnx")
+    found = detector([build_input_mapper(detector.metadata)({"file_name": str(photo)})])[0]["instances"]
+    lines = [line.split(" ", 2) for line in result.stdout.splitlines()]
+    assert len(lines) == len(found) > 4
+    for (name, score, box), index in zip(lines, range(len(found))):
+        assert name == detector.metadata.class_names[found.pred_classes[index]]
+        assert float(score) == pytest.approx(float(found.scores[index]), abs=0.006)
+        assert yaml.safe_load(box) == pytest.approx(found.pred_boxes.tensor[index].tolist(), abs=1.0)

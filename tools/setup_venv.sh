@@ -32,6 +32,6 @@ install 'setuptools<81' wheel torch torchvision
 echo "Installing Detectron2"
 "$venv/bin/python" tools/install_detectron2.py -c constraints.txt || fail "Detectron2 could not be installed: see above."
 echo "Installing the rest"
-install --no-build-isolation -e '.[dev,imagenet]'
+install --no-build-isolation -e '.[dev,imagenet,onnx]'
 touch "$venv/.complete"
 echo "$venv is complete."

@@ -121,6 +121,10 @@ class Recipe(abc.ABC):
         """The images that are trained on, in Detectron2's data set format; prototypes are named by their index here."""
 
     @abc.abstractmethod
+    def test_images(self) -> list[dict]:
+        """The images that are tested on, in Detectron2's data set format."""
+
+    @abc.abstractmethod
     def plain(self) -> Recipe:
         """The detector's recipe as plain Detectron2 has it, without distillation; its config is a copy, not frozen."""
 

@@ -198,6 +198,9 @@ class LazyRecipe(Recipe):
     def training_images(self) -> list[dict]:
         return list(instantiate(self.lazy.dataloader.train.dataset))
 
+    def test_images(self) -> list[dict]:
+        return list(instantiate(self.lazy.dataloader.test.dataset))
+
     def evaluate(self, model: nn.Module, mapper: Mapper | None = None, folder: str = "inference") -> dict:
         """Evaluates on ``dataloader.test`` by ``dataloader.evaluator``; without the latter, there is no result.
 

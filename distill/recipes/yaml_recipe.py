@@ -137,3 +137,6 @@ class YamlRecipe(Recipe):
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             check_consistency=False,
         )
+
+    def test_images(self) -> list[dict]:
+        return get_detection_dataset_dicts(self.cfg.DATASETS.TEST, filter_empty=False, check_consistency=False)
