@@ -26,8 +26,11 @@ def draw_boxes(
     """
     drawing = Visualizer(image, scale=DRAWN_PIXELS / min(image.shape[:2]))
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    settings = {} if colors is None else {"assigned_colors": list(colors), "alpha": 1}
-    return drawing.overlay_instances(boxes=boxes, labels=list(labels), **settings).get_image()
+    if colors is not None:
+        for box, color in zip(boxes, colors):  # below those of overlay_instances, which are half transparent
+            drawing.draw_box(box, alpha=1, edge_color=color)
+        colors = list(colors)
+    return drawing.overlay_instances(boxes=boxes, labels=list(labels), assigned_colors=colors).get_image()
 
 
 def true_boxes(record: dict) -> tuple[np.ndarray, list[int]]:

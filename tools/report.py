@@ -27,7 +27,7 @@ from report_parts.costs import cost_table
 from report_parts.curves import draw_run
 from report_parts.pictures import COLORS, read_test_set, show_examples
 from report_parts.reading import Metric, Run, Scores, TeacherOf
-from report_parts.tables import describe, facts_table, score_tables, signed
+from report_parts.tables import describe, facts_table, score_tables, short_path, signed
 from torch import nn
 
 from distill.engine import teacher_mapper
@@ -228,6 +228,7 @@ def main() -> None:
         report.load()
     page = render(
         run=run,
+        folder=short_path(str(run.folder)),
         baseline=report.baseline,
         others=[other.name for other in report.runs[1:]],
         teacher=report.teacher,

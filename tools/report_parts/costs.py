@@ -13,7 +13,7 @@ from report_parts.tables import Cell, Table, row_of
 
 logger = logging.getLogger("detectron2.report")
 
-_DIRECTION = "The lower the better; the lowest of a row is bold."
+_DIRECTION = "The lowest of a row is bold; a few percent of time are chance."
 
 
 def cost_table(
