@@ -11,6 +11,7 @@ setup(
     install_requires=[
         "torch>=2.6,<3",  # the first whose torch.load executes nothing unless it is told to
         "torchvision>=0.21,<1",
+        "jinja2>=3,<4",  # the page of tools/report.py; torch needs it itself
         "numpy>=1.24,<3",
         "Pillow>=10",
         "pycocotools>=2.0.6,<3",

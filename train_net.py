@@ -13,20 +13,15 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
-from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch import nn
 
-from distill.config import check_output_dir, check_solver, student_config
+from distill.config import check_output_dir, check_solver
 from distill.data import check_datasets, register_from_config
-from distill.engine import Trainer, agreed_checkpoint, launch
+from distill.engine import Trainer, evaluate_student, evaluate_teacher, launch
 from distill.errors import DistillError
-from distill.modeling.checkpoint import load_detector
 from distill.modeling.precision import amp_dtype, distill_dtype
-from distill.modeling.teacher import teacher_recipe
 from distill.recipes import Recipe, explain, load_recipe
 
 logger = logging.getLogger("distill")
@@ -89,47 +84,6 @@ def setup(args: Namespace) -> Recipe:
     if on_cpu:
         logger.info("No CUDA GPU is available: running on the CPU.")
     return recipe
-
-
-def evaluate_teacher(recipe: Recipe) -> dict:
-    """Evaluates the teacher on the test sets of a run, resizing images as the teacher's own config says.
-
-    Args:
-        recipe: of the run.
-
-    Returns:
-        Detectron2's results by task and metric.
-    """
-    cfg = recipe.cfg
-    own = teacher_recipe(cfg)
-    own.cfg.DATASETS = cfg.DATASETS
-    check_datasets(own.cfg)
-    # a config without a test mapper says no size: the student's, in the teacher's order of channels
-    mapper = own.build_mapper() if own.has_test_mapper else recipe.build_mapper(image_format=own.cfg.INPUT.FORMAT)
-    results = recipe.evaluate(load_detector(own, "teacher"), mapper, "teacher/inference")
-    if comm.is_main_process():
-        verify_results(own.cfg, results)
-    return results
-
-
-def evaluate_student(recipe: Recipe, resume: bool) -> dict:
-    """Evaluates the detector of a run, which of a distilled run is the student. Its weights must fill it completely.
-
-    Args:
-        recipe: of the run.
-        resume: whether to take the last checkpoint of OUTPUT_DIR, if there is one.
-
-    Returns:
-        Detectron2's results by task and metric.
-    """
-    cfg = recipe.cfg
-    recipe.cfg = own = student_config(cfg)
-    if resume:
-        own.MODEL.WEIGHTS = agreed_checkpoint(DetectionCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)) or own.MODEL.WEIGHTS
-    results = recipe.evaluate(load_detector(recipe, "model"))
-    if comm.is_main_process():
-        verify_results(cfg, results)
-    return results
 
 
 def main(args: Namespace) -> object:

@@ -29,10 +29,10 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
-from fvcore.nn import FlopCountAnalysis
 from measuring import (
     KeptMemory,
     PeakMemory,
+    count_gflops,
     count_operators,
     describe_times,
     keep_freed_memory,
@@ -264,18 +264,6 @@ def inference_recipes(recipe: Recipe) -> dict[str, Recipe]:
     return recipes
 
 
-class _Boxes(nn.Module):
-    """A detector as a function of tensors, which is what fvcore can trace."""
-
-    def __init__(self, model: nn.Module, height: int, width: int) -> None:
-        super().__init__()
-        self.model, self.size = model, {"height": height, "width": width}
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        (output,) = self.model([{"image": image, **self.size}])
-        return output["instances"].pred_boxes.tensor
-
-
 def measure_inference(recipe: Recipe, image_size: tuple[int, int], rounds: int) -> list[dict]:
     """Runs the detectors in turns on the same random images, each resized to its own INPUT.MIN_SIZE_TEST.
 
@@ -302,9 +290,7 @@ def measure_inference(recipe: Recipe, image_size: tuple[int, int], rounds: int) 
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         batch = [{"image": tensor, "height": image_size[0], "width": image_size[1]}]
         inputs[name] = f"{tensor.shape[1]}x{tensor.shape[2]}"
-        with torch.no_grad():
-            counter = FlopCountAnalysis(_Boxes(model, *image_size), tensor)
-            flops[name] = counter.unsupported_ops_warnings(False).tracer_warnings("none").total() / 1e9
+        flops[name] = count_gflops(model, batch[0])
         weights[name] = sum(p.nbytes for p in [*model.parameters(), *model.buffers()]) / 2**20
         runs[name] = functools.partial(detect, model, batch)
     times, peaks = time_in_turns(runs, rounds, PeakMemory(cfg.MODEL.DEVICE, above_held=True))

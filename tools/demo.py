@@ -10,9 +10,7 @@ draws their detections side by side. Finished stages are kept, and an interrupte
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +25,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
-from detectron2.utils.visualizer import Visualizer
+from drawing import MIN_SCORE, draw_boxes, label, true_boxes
+from measuring import time_images
 from runs import TrainingFailed, read_metrics, train
 from tabulate import tabulate
 
@@ -55,9 +54,7 @@ STAGES = (
     Stage("student, distilled", "configs/demo/review.yaml", "review"),
     Stage("the same, inheriting", "configs/demo/review.yaml", "review_inherit", INHERIT),
 )
-NUM_DRAWN, MIN_SCORE = 6, 0.5
-NUM_TIMED = 20
-DRAWN_PIXELS = 384  # short side of a drawn image: text needs them
+NUM_DRAWN, NUM_TIMED = 6, 20
 
 
 def photo_opts(train_set: str, test_set: str) -> list[str]:
@@ -125,30 +122,6 @@ def train_stage(stage: Stage, folder: Path, overrides: Sequence[str]) -> None:
     finished.touch()
 
 
-def time_inference(models: dict[str, torch.nn.Module], inputs: list[dict]) -> dict[str, float]:
-    """Times the models in turns, one image at a time.
-
-    Args:
-        models: detectors by name.
-        inputs: images in Detectron2's format; the first three warm up.
-
-    Returns:
-        Median ms per image by name.
-    """
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for index, image in enumerate(inputs):
-        for name, model in models.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            model([image])
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if index >= 3:  # warm
-                times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def draw(records: list[dict], detections: dict[str, list], metadata: Metadata, path: Path) -> None:
     """Draws images in rows: ground truth, and the detections of each model above MIN_SCORE.
 
@@ -160,25 +133,23 @@ def draw(records: list[dict], detections: dict[str, list], metadata: Metadata, p
     """
     columns = ["ground truth", *detections]
     figure, axes = plt.subplots(len(records), len(columns), figsize=(2.4 * len(columns), 2.4 * len(records)))
+    names = metadata.get("thing_classes", [])
     for row, record in enumerate(records):
         image = read_image(record["file_name"], "RGB")
-        scale = DRAWN_PIXELS / min(image.shape[:2])
-        drawn = [Visualizer(image, metadata, scale).draw_dataset_dict(_boxes_alone(record))]
+        boxes, classes = true_boxes(record)
+        drawn = [draw_boxes(image, boxes, [label(names, number) for number in classes])]
         for instances in detections.values():
             sure = instances[row][instances[row].scores >= MIN_SCORE]
-            drawn.append(Visualizer(image, metadata, scale).draw_instance_predictions(sure))
+            classes, scores = sure.pred_classes.tolist(), sure.scores.tolist()
+            labels = [label(names, number, score) for number, score in zip(classes, scores)]
+            drawn.append(draw_boxes(image, sure.pred_boxes.tensor.numpy(), labels))
         for axis, name, picture in zip(axes[row], columns, drawn):
-            axis.imshow(picture.get_image())
+            axis.imshow(picture)
             axis.axis("off")
             if row == 0:
                 axis.set_title(name, fontsize=10)
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=110)
-
-
-def _boxes_alone(record: dict) -> dict:
-    annotations = [{k: v for k, v in a.items() if k != "segmentation"} for a in record["annotations"]]
-    return {**record, "annotations": annotations}
 
 
 def stage_config(folder: Path) -> CfgNode:
@@ -209,7 +180,7 @@ def show(output: Path) -> None:
     records = DatasetCatalog.get(test_set)[:NUM_TIMED]
     mapper = DatasetMapper(cfg, is_train=False)
     inputs = [mapper(record) for record in records]
-    times = time_inference(models, inputs)
+    times = time_images(models, dict.fromkeys(models, inputs), NUM_TIMED)
     rows = []
     for stage in STAGES:
         scores = next(record for record in reversed(read_metrics(output / stage.folder)) if "bbox/AP" in record)

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import logging
 import re
 import statistics
@@ -12,6 +14,8 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes, Instances
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 logger = logging.getLogger("detectron2.benchmark")
@@ -162,3 +166,53 @@ def time_in_turns(
 def describe_times(times: list[float]) -> dict[str, float]:
     """Median, minimum and maximum, as columns of a table."""
     return {"ms": statistics.median(times), "min ms": min(times), "max ms": max(times)}
+
+
+def time_images(models: dict[str, nn.Module], inputs: dict[str, list[dict]], rounds: int) -> dict[str, float]:
+    """Times detectors in turns, one image at a time.
+
+    Args:
+        models: by name, in eval mode.
+        inputs: of each of them, images in Detectron2's format, which are taken one after the other, over and over.
+        rounds: how many images of each count, after two that warm up.
+
+    Returns:
+        Median ms per image by name.
+    """
+    images = {name: itertools.cycle(inputs[name]) for name in models}
+
+    @torch.no_grad()
+    def detect(name: str) -> None:
+        models[name]([next(images[name])])
+
+    parts = {name: functools.partial(detect, name) for name in models}
+    on_cuda = any(p.is_cuda for model in models.values() for p in model.parameters())
+    times, _ = time_in_turns(parts, rounds, PeakMemory("cuda" if on_cuda else "cpu"))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class _Boxes(nn.Module):
+    """A detector as a function of tensors, which is what fvcore can trace."""
+
+    def __init__(self, model: nn.Module, height: int, width: int) -> None:
+        super().__init__()
+        self.model, self.size = model, {"height": height, "width": width}
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        (output,) = self.model([{"image": image, **self.size}])
+        return output["instances"].pred_boxes.tensor
+
+
+@torch.no_grad()
+def count_gflops(model: nn.Module, image: dict) -> float:
+    """What an image costs by fvcore's counter.
+
+    Args:
+        model: a detector in eval mode.
+        image: in Detectron2's format, with its "height" and "width".
+
+    Returns:
+        GFLOPs, a multiplication and an addition being one.
+    """
+    counter = FlopCountAnalysis(_Boxes(model, image["height"], image["width"]), image["image"])
+    return counter.unsupported_ops_warnings(False).tracer_warnings("none").total() / 1e9

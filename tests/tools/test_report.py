@@ -1,0 +1,430 @@
+"""The report: right numbers, nothing from outside, and a word in the place of what is missing."""
+
+import base64
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+from distill.errors import DistillError
+from tests.helpers import ROOT, detector_cfg, distillation_cfg, run_script, write_coco
+from tests.test_train_net_lazy import teacher_arguments, write_student
+
+EVIL = "<script>alert('c1')</script>"
+VOID = {"meta", "img", "br"}
+SHAPES = {"path", "use", "rect", "circle"}
+
+
+class Page(HTMLParser):
+    """A page that is read strictly: its text, its tables, its pictures, its addresses."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.tables, self.images, self.addresses, self.problems = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open and not self.problems, (self.open, self.problems)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.addresses += [value for key, value in attributes.items() if key in ("src", "href", "xlink:href", "action")]
+        if tag == "img":
+            self.images.append(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("th", "td"):
+            self.tables[-1][-1].append("*" if "best" in attributes.get("class", "").split() else "")
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.problems.append((tag, self.getpos()))
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text.append(data)
+        if self.open and self.open[-1] in ("th", "td"):
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def words(self):
+        return " ".join("".join(self.text).split())
+
+    def table(self, row):
+        """The table that has a row of this name: by column, its cell; "*" before the best."""
+        for head, *rows in self.tables:
+            for name, *cells in rows:
+                if name == row:
+                    return dict(zip(head[1:], cells, strict=True))
+        raise KeyError(row)
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """Modules of tools/ by name."""
+    before = list(sys.path)
+    sys.path.insert(0, str(ROOT / "tools"))
+    import report
+    from report_parts import curves, pictures, reading
+
+    yield {"report": report, "curves": curves, "pictures": pictures, "reading": reading}
+    sys.path[:] = before
+
+
+def write_run(folder, cfg, records, log=""):
+    """What a training leaves, its weights random."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "log.txt").write_text(log)
+    own = cfg.clone()
+    own.MODEL.META_ARCHITECTURE = "RetinaNet"
+    torch.manual_seed(len(folder.name))
+    model = build_model(own)
+    model.head.cls_score.bias.data.zero_()  # an untrained detector is sure of nothing
+    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+
+
+def scores(iteration, ap, *by_class):
+    names = ("c0", EVIL, "c2")
+    classes = {f"bbox/AP-{name}": value for name, value in zip(names, by_class)}
+    return {"bbox/AP": ap, "bbox/AP50": ap + 20, "bbox/APl": math.nan, **classes, "iteration": iteration}
+
+
+LOG = """[01/01 10:00:00] detectron2 INFO: Environment info:
+detectron2             0.6 @/somewhere/detectron2
+PyTorch                2.9.9+cpu @/somewhere/torch
+[01/01 10:00:01] distill.modeling.distillation_model INFO: Distillers:
+| distiller       |   loss weight |   warmup iterations |   decay |   parameters (M) |
+|:----------------|--------------:|--------------------:|--------:|-----------------:|
+| ReviewDistiller |           1.5 |                  10 |    0.25 |            0.001 |
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A teacher, a plain student, and a distilled one, on three images of noise with a class of an evil name."""
+    folder = tmp_path_factory.mktemp("report")
+    json_file, images = write_coco(folder / "data")
+    content = json.loads(Path(json_file).read_text())
+    content["categories"][1]["name"] = EVIL
+    Path(json_file).write_text(json.dumps(content))
+    settings = {
+        "DATASETS.REGISTER": [f"noise=coco:{json_file}:{images}"],
+        "DATASETS.TRAIN": ["noise"],
+        "DATASETS.TEST": ["noise"],
+        "INPUT.MIN_SIZE_TEST": 64,
+        "INPUT.MAX_SIZE_TEST": 96,
+        "SOLVER.MAX_ITER": 40,
+        "TEST.DETECTIONS_PER_IMAGE": 5,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,
+    }
+    plain = detector_cfg("retinanet", **settings)
+    write_run(folder / "teacher", plain, [scores(40, 50.0, 40.0, 50.0, 60.0)])
+    losses = [{"iteration": i, "total_loss": 2.0, "loss_cls": 1.5, "loss_box_reg": 0.5} for i in (19, 39)]
+    write_run(folder / "student", plain, [*losses, scores(40, 20.0, 10.0, 41.5, 30.0)])
+    teacher = {
+        "DISTILL.TEACHER.CONFIG_FILE": str(folder / "teacher" / "config.yaml"),
+        "DISTILL.TEACHER.WEIGHTS": str(folder / "teacher" / "model_final.pth"),
+        "DISTILL.BALANCE": 0.5,
+    }
+    more = [{"loss_review": math.nan, "weight/loss_review": 1.2}, {"loss_review": 3.0, "weight/loss_review": 1.5}]
+    distilled = [record | other for record, other in zip(losses, more)]
+    ratios = [{"gradient_ratio/ReviewDistiller": 0.75, "iteration": 0}]
+    # first up to iteration 39 with another AP, then resumed from 20 on
+    abandoned = [*distilled, *ratios, scores(20, 1.5, 1.0, 2.0, 3.0), scores(40, 3.5, 1.0, 2.0, 3.0)]
+    records = [*abandoned, distilled[1], scores(40, 27.5, 20.0, 60.5, math.nan)]
+    write_run(folder / "distilled", distillation_cfg(plain, teacher), records, LOG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(runs):
+    """The text of the distilled run's page, beside the student's."""
+    before = sorted(path.name for path in (runs / "distilled").iterdir())
+    result = make(runs / "distilled", runs / "student", "--min-score", "0.1", output=runs / "page.html")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert sorted(path.name for path in (runs / "distilled").iterdir()) == before
+    return (runs / "page.html").read_text()
+
+
+def make(*arguments, output):
+    settings = ["--rounds", "2", "--images", "2"]
+    return run_script("tools/report.py", *map(str, arguments), *settings, "--output", str(output))
+
+
+def test_the_page_refers_to_nothing_outside(page):
+    parsed = Page(page)
+    assert "http://" not in page and "https://" not in page and "url(#" in page
+    assert not re.findall(r"url\((?!#)", page) and "@import" not in page and "<script" not in page
+    assert len(parsed.images) == 2 * 3
+    assert all(address.startswith(("data:image/jpeg;base64,", "#")) for address in parsed.addresses)
+    for image in parsed.images:
+        with Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))) as picture:
+            assert picture.format == "JPEG" and min(picture.size) >= 384 and np.asarray(picture).std() > 20
+
+
+def test_numbers_of_the_later_run_beside_baseline_and_teacher(page):
+    parsed = Page(page)
+    names = ("distilled", "student", "teacher", "gain over student")
+    assert parsed.table("AP") == dict(zip(names, ("27.5", "20.0", "*50.0", "+7.5")))
+    assert parsed.table("AP50")["distilled"] == "47.5"
+    assert parsed.table("AP large") == dict.fromkeys(names, "–")  # noqa: RUF001
+    evil = parsed.table(EVIL)
+    assert evil == {"distilled": "*60.5", "student": "41.5", "teacher": "50.0", "gain over student": "+19.0"}
+    assert parsed.table("c2")["distilled"] == "–"  # noqa: RUF001  NaN
+    assert "27.5 AP +7.5 over student (20.0) −22.5 to the teacher (50.0) 25%" in parsed.words  # noqa: RUF001
+    assert "1.5" not in parsed.table("AP").values()
+
+
+def test_what_was_trained_from_what(page, runs):
+    parsed = Page(page)
+    assert parsed.table("Distillers") == {
+        "distilled": "ReviewDistiller, weight 1.5, grows over 10 iterations, falls over the last 25%",
+        "student": "–",  # noqa: RUF001
+        "teacher": "–",  # noqa: RUF001
+    }
+    expected = {
+        "Detector": "RetinaNet",
+        "Backbone": "ResNet-18 with FPN, 16 channels",
+        "Starts from": "random weights",
+        "Teacher": str(runs / "teacher" / "model_final.pth"),
+        "Balance of gradients": "0.5",
+        "Trained on": "noise",
+        "Tested on": "noise",
+        "Iterations": "40",
+        "Images per iteration": "16",
+        "Learning rate": "0.001",
+        "Optimizer": "SGD",
+        "Detectron2": "0.6",
+        "PyTorch": "2.9.9+cpu",
+    }
+    assert {name: parsed.table(name)["distilled"] for name in expected} == expected
+    titles = ("AP", "Detection losses", "Distillation losses", "Weights", "Gradient ratios")
+    assert page.count("<svg") == len(titles) and all(f"<h3>{title}</h3>" in page for title in titles)
+    model = build_model(detector_cfg("retinanet"))
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert parsed.table("parameters (millions)")["student"].lstrip("*") == f"{millions:.2f}"
+    assert all(float(x.lstrip("*")) > 0 for x in parsed.table("GFLOPs per image").values())
+    assert all(float(x.lstrip("*")) > 0 for x in parsed.table("ms per image").values())
+
+
+def test_a_plain_run_and_a_folder_that_is_none(runs, tmp_path):
+    result = make(runs / "student", runs / "teacher", "--min-score", "0.1", output=tmp_path / "page.html")
+    assert result.returncode == 0, result.stderr[-3000:]
+    parsed = Page((tmp_path / "page.html").read_text())
+    assert "A detector, trained without a teacher, beside teacher" in parsed.words
+    assert "Where the ground truth and student differ most" in parsed.words and len(parsed.images) == 2 * 2
+    assert list(parsed.table("AP")) == ["student", "teacher", "gain over teacher"]
+    result = run_script("tools/report.py", str(runs / "data"))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    (last,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{runs / 'data'} is no run: expected the OUTPUT_DIR of a training" in last
+
+
+def test_runs_of_one_name_are_told_apart(tools, runs, tmp_path):
+    shutil.copytree(runs / "student", tmp_path / "student", ignore=shutil.ignore_patterns("*.pth"))
+    found = tools["report"].read_runs([runs / "student", tmp_path / "student"])
+    assert [run.name for run in found] == [f"{folder.name}/student" for folder in (runs, tmp_path)]
+    with pytest.raises(DistillError, match="A folder is given twice"):
+        tools["report"].read_runs([runs / "student", runs / "teacher" / ".." / "student"])
+
+
+def test_what_is_missing_is_said(runs, tmp_path):
+    """An interrupted run whose teacher is gone, and one whose data set is not registered."""
+    for name in ("interrupted", "elsewhere"):
+        shutil.copytree(runs / "distilled", tmp_path / name)
+    (tmp_path / "interrupted" / "model_final.pth").unlink()
+    kept = (tmp_path / "interrupted" / "metrics.json").read_text().splitlines()[:1]
+    (tmp_path / "interrupted" / "metrics.json").write_text("\n".join([*kept, '{"iteration": 39, "total_l']))
+    config = tmp_path / "interrupted" / "config.yaml"
+    config.write_text(config.read_text().replace(str(runs / "teacher"), "https://nowhere"))
+    config = tmp_path / "elsewhere" / "config.yaml"
+    config.write_text(re.sub(r"- noise=.*", "[]", config.read_text()).replace("- noise", "- somewhere"))
+    config.write_text(re.sub(r"REGISTER:\n *\[\]", "REGISTER: []", config.read_text()))
+    result = make(tmp_path / "interrupted", output=tmp_path / "page.html")
+    assert result.returncode == 0, result.stderr[-3000:]
+    text = (tmp_path / "page.html").read_text()
+    assert "https://" not in text
+    words = Page(text).words
+    for said in (
+        "This run has not ended: 20 of 40 iterations are logged, and there is no model_final.pth",
+        "The teacher's results are not known: Config 'nowhere/config.yaml' is neither a file",
+        "Not evaluated yet: interrupted",
+        "No images are shown. There is no model_final.pth",
+    ):
+        assert said in words
+    result = make(tmp_path / "elsewhere", output=tmp_path / "page.html")
+    assert result.returncode == 0, result.stderr[-3000:]
+    parsed = Page((tmp_path / "page.html").read_text())
+    for said in (
+        "No images are shown. The data set somewhere is not registered here",
+        "Measured on an image of noise",
+        "The teacher was evaluated on noise, not on somewhere. --evaluate-teacher evaluates it",
+    ):
+        assert said in parsed.words
+    assert parsed.table("size of the first image") == dict.fromkeys(("elsewhere", "teacher"), "64 × 85")  # noqa: RUF001
+
+
+def test_a_real_run_from_a_python_config_whose_teacher_is_evaluated(tmp_path):
+    more = (
+        "from detectron2.config import LazyCall as L\nfrom detectron2.data import DatasetCatalog, MetadataCatalog\n"
+        "from detectron2.evaluation import COCOEvaluator\n"
+        "if 'few' not in DatasetCatalog.list():\n"
+        "    DatasetCatalog.register('few', lambda: DatasetCatalog.get('digit_scenes_val')[:8])\n"
+        "    MetadataCatalog.get('few').thing_classes = list('0123456789')\n"
+        "dataloader.test.dataset.names = 'few'\n"
+        "dataloader.evaluator = L(COCOEvaluator)(dataset_name='few', output_dir=train.output_dir)\n"
+        "model.roi_heads.box_predictor.test_score_thresh = -1.0\n"
+    )
+    arguments = ["--config-file", write_student(tmp_path, more=more), "--distill", "ReviewDistiller"]
+    teacher = teacher_arguments(tmp_path)
+    config = tmp_path / "teacher.yaml"
+    config.write_text(config.read_text().replace("SCORE_THRESH_TEST: 0.05", "SCORE_THRESH_TEST: -1.0"))
+    result = run_script("train_net.py", *arguments, *teacher, "distill.REVIEW.LOSS_WEIGHT=2.0")
+    assert result.returncode == 0, result.stderr[-3000:]
+    before = sorted(tmp_path.glob("out/**/*"))
+    settings = ["--max-images", "4", "--min-score", "0", "--evaluate-teacher"]
+    result = make(tmp_path / "out", *settings, output=tmp_path / "page.html")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert sorted(tmp_path.glob("out/**/*")) == before
+    parsed = Page((tmp_path / "page.html").read_text())
+    assert parsed.table("Detector") == dict.fromkeys(("out", "teacher"), "GeneralizedRCNN")
+    assert parsed.table("Distillers")["out"] == "ReviewDistiller, weight 2"
+    assert parsed.table("Backbone")["out"] == "ResNet-18 with FPN" and parsed.table("Iterations")["out"] == "2"
+    assert all(0 <= float(x.lstrip("*")) < 10 for x in parsed.table("AP").values())
+    assert "Boxes on few" in parsed.words and "Masks on few" in parsed.words and len(parsed.images) == 6
+
+
+def literal_differences(first, second):
+    """Boxes without a counterpart, counted one by one."""
+
+    def iou(a, b):
+        w = min(a[2], b[2]) - max(a[0], b[0])
+        h = min(a[3], b[3]) - max(a[1], b[1])
+        common = max(w, 0) * max(h, 0)
+        return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
+
+    left = list(range(len(second.classes)))
+    alone = 0
+    for i in np.argsort(-np.asarray(first.scores), kind="stable"):
+        best, at = 0.5, None
+        for j in left:
+            if first.classes[i] == second.classes[j] and iou(first.boxes[i], second.boxes[j]) >= best:
+                best, at = iou(first.boxes[i], second.boxes[j]), j
+        if at is None:
+            alone += 1
+        else:
+            left.remove(at)
+    return alone + len(left)
+
+
+def test_images_are_chosen_as_a_literal_count_says(tools):
+    pictures = tools["pictures"]
+    generator = np.random.default_rng(0)
+
+    def some():
+        number = generator.integers(0, 6)
+        corners = generator.integers(0, 4, (number, 2)) * 5.0 + generator.random((number, 2))
+        classes = generator.integers(0, 2, number).tolist()
+        return pictures.Found(np.concatenate([corners, corners + 20], 1), classes, generator.random(number).tolist())
+
+    firsts, seconds = [[some() for _ in range(60)] for _ in range(2)]
+    counts = [literal_differences(a, b) for a, b in zip(firsts, seconds)]
+    assert [pictures.count_differences(a, b) for a, b in zip(firsts, seconds)] == counts
+    assert 0 in counts and len({*counts}) > 4
+    chosen = pictures.choose(firsts, seconds, 12)
+    expected = sorted(range(60), key=lambda i: (-counts[i], i))[:12]
+    assert chosen == expected
+    assert len(pictures.choose(firsts, seconds, 60)) == 60 - counts.count(0)
+
+
+def test_a_box_takes_the_free_one_of_its_class_that_overlaps_most(tools):
+    pictures = tools["pictures"]
+    first = pictures.Found(np.array([[0, 0, 10, 10], [0, 0, 10, 9.0]]), [1, 1], [0.5, 0.9])
+    second = pictures.Found(np.array([[0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 9.0]]), [1, 1, 0])
+    assert pictures.match(first, second) == {1: 0, 0: 1}  # the surer one first: IoU 0.9 and 0.89
+
+
+def test_records_of_several_runs_in_one_file(tools):
+    merge, parse = tools["reading"].merge_records, tools["reading"].parse_scores
+    records = [{"iteration": i, "total_loss": float(i)} for i in (19, 39, 59)]
+    later = [{"iteration": 39, "total_loss": -1.0}, {"iteration": 20, "gradient_ratio/X": 2.0}]
+    merged = merge([*records, {"iteration": 20, "gradient_ratio/X": 1.0}, {"iteration": 60, "bbox/AP": 9.0}, *later])
+    assert merged == {19: records[0], 20: later[1], 39: later[0]}
+    found = parse({"a/bbox/AP-x/bbox/AP": 1.0, "a/segm/AP": 2.0, "lr": 3.0}, ["a", "b"])
+    assert found == {("a", "bbox", "AP-x/bbox/AP"): 1.0, ("a", "segm", "AP"): 2.0}
+    assert parse({"bbox/AP-x/bbox/AP": 1}, ["a"]) == {("a", "bbox", "AP-x/bbox/AP"): 1.0}
+
+
+def test_results_of_an_intermediate_checkpoint_are_those_of_its_iteration(tools, runs, tmp_path):
+    reading = tools["reading"]
+    shutil.copytree(runs / "distilled", tmp_path / "distilled")
+    teacher = tmp_path / "teacher"
+    shutil.copytree(runs / "teacher", teacher)
+    (teacher / "metrics.json").write_text("".join(json.dumps(scores(i, float(i))) + "\n" for i in (9, 19, 40)))
+    config = tmp_path / "distilled" / "config.yaml"
+    for name, expected in (("model_0000019", 19.0), ("model_0000039", 40.0), ("model_0000029", None), ("best", 40.0)):
+        (teacher / "model_final.pth").rename(teacher / f"{name}.pth")
+        config.write_text((runs / "distilled" / "config.yaml").read_text().replace(str(runs / "teacher"), str(teacher)))
+        config.write_text(config.read_text().replace("model_final.pth", f"{name}.pth"))
+        found = reading.TeacherOf(reading.Run(tmp_path / "distilled"))
+        assert found.scores.get(reading.Metric("noise", "bbox", "AP")) == expected
+        assert bool(found.problem) == (expected is None)
+        (teacher / f"{name}.pth").rename(teacher / "model_final.pth")
+    (teacher / "metrics.json").write_text('{"iteration": }\n')
+    with pytest.raises(DistillError, match="is damaged"):
+        reading.Run(teacher)
+
+
+def test_a_curve_has_a_gap_where_a_loss_is_not_finite(tools):
+    curves = tools["curves"]
+    values = [1.0, 2.0, math.nan, 3.0, 4.0]
+    chart = curves.draw_chart("t", "c", [curves.Line("<b>", list(enumerate(values)), 0)])
+    (path,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--c0\)', chart.svg)
+    assert path.count("M") == 2 and path.count("L") == 2
+    assert curves.draw_chart("t", "c", [curves.Line("x", [(0, math.nan)], 0)]) is None
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is installed here")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_shows_it(page, runs, tmp_path, width):
+    settings = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    settings += [f"--window-size={width},1600", "--virtual-time-budget=2000"]
+
+    def browse(what):
+        command = [BROWSER, *settings, what, (runs / "page.html").as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+    result = browse("--dump-dom")
+    assert result.returncode == 0, result.stderr[-2000:]
+    for text in ("What was trained", "27.5", "over student (20.0)", "&lt;script&gt;alert('c1')&lt;/script&gt;", "<svg"):
+        assert text in result.stdout
+    browse(f"--screenshot={tmp_path / 'page.png'}")
+    with Image.open(tmp_path / "page.png") as picture:
+        pixels = np.asarray(picture.convert("L")).astype(float)
+    assert pixels.shape == (1600, width)
+    assert all(band.std() > 3 for band in np.array_split(pixels, 4))  # text and charts from top to bottom
