@@ -97,6 +97,25 @@ def build_model(recipe: Recipe) -> tuple[DistillationModel, Recipe]:
     return DistillationModel(student=student, teacher=teacher, distillers=distillers, scaling=scaling).train(), source
 
 
+def convolutions_of(distiller: nn.Module, run: Callable[[], None]) -> list[tuple[nn.Conv2d, torch.Tensor]]:
+    """The convolutions that a distiller runs.
+
+    Args:
+        distiller: whose they are.
+        run: runs it once.
+
+    Returns:
+        Each call: the layer and its input.
+    """
+    calls: list[tuple[nn.Conv2d, torch.Tensor]] = []
+    layers = [layer for layer in distiller.modules() if isinstance(layer, nn.Conv2d)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, x: calls.append((layer, x[0].detach()))) for layer in layers]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
 def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
     """The parts of a step, and the whole, as functions to time. The size of the images counts where the config has
     none.
@@ -152,6 +171,12 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> tuple[dict[str, 
         kept[name] = memory.mib
         loss.backward()
 
+    def convolve(calls: list[tuple[nn.Conv2d, torch.Tensor]]) -> None:
+        for layer, map_ in calls:
+            with autocast(), precision.autocast(student.device, teacher.dtype):
+                output = layer(map_.requires_grad_())
+            output.backward(torch.ones_like(output))
+
     def backbone() -> None:
         with autocast():
             features = student.backbone(own_images)
@@ -175,6 +200,11 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> tuple[dict[str, 
         step(model, optimizer)
         model._loss_weights = own
 
+    for name, distiller in distillers.items():  # what a distiller costs beside its convolutions is our own doing
+        calls = convolutions_of(distiller, functools.partial(distil, name, distiller))
+        if calls:
+            parts[f"convolutions of {name}, forward and backward"] = functools.partial(convolve, calls)
+    kept.clear()
     parts[f"full step that measures gradients (every {cfg.DISTILL.GRADIENT_LOG_PERIOD} iterations)"] = measuring_step
     others = ["float32", "bfloat16"] + ["float16"] * (student.device.type == "cuda")
     for other in others:

@@ -4,6 +4,9 @@ import json
 import sys
 
 import pytest
+import torch
+from detectron2.modeling import build_backbone
+from torch import nn
 
 from tests.helpers import ROOT, aligned_cfg, detector_cfg, distillation_cfg, run_script, write_teacher
 
@@ -28,6 +31,7 @@ def test_reports_every_part(tmp_path, kind):
         "teacher's forward",
         *(f"{name}, forward and backward" for name in names),
         "full step",
+        *(f"convolutions of {name}, forward and backward" for name in names),
         "full step that measures gradients (every 50 iterations)",
         "teacher's forward in float32",
         "teacher's forward in bfloat16",
@@ -39,6 +43,35 @@ def test_reports_every_part(tmp_path, kind):
     kept = [row["part"] for row in content["rows"] if row["kept MiB"]]
     assert kept == [f"{name}, forward and backward" for name in names]
     assert f"full step / sum of its parts: {content['ratio']:.3f}" in result.stdout
+
+
+def test_convolutions_alone_are_those_that_a_distiller_runs(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    from benchmark import convolutions_of
+
+    layer = nn.Conv2d(2, 3, 1)
+    distiller = nn.ModuleList([layer, nn.Linear(2, 2), nn.Conv2d(4, 4, 1)])
+    maps = [torch.rand(1, 2, size, size, requires_grad=True) for size in (4, 2)]
+    calls = convolutions_of(distiller, lambda: [layer(x) for x in maps])
+    assert [(who, x.shape, x.requires_grad) for who, x in calls] == [(layer, x.shape, False) for x in maps]
+    layer(maps[0])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_random_weights_stay_within_float16(monkeypatch, kind):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    from benchmark import settle
+
+    cfg = detector_cfg(kind, **{"MODEL.RESNETS.DEPTH": 101, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64})
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 64
+    backbone = build_backbone(cfg).eval()
+    images = torch.randint(0, 256, (1, 3, 64, 96)).float() - 110
+    with torch.no_grad():
+        wild = max(level.abs().max() for level in backbone(images).values())
+        settle(backbone)
+        settled = max(level.abs().max() for level in backbone(images).values())
+    assert settled < torch.finfo(torch.float16).max / 4 < wild
 
 
 def test_compares_with_an_earlier_measurement(monkeypatch):
