@@ -1,9 +1,10 @@
 """How configs are read, and the errors of a bad one."""
 
 import pytest
+import yaml
 from detectron2.config import get_cfg
 
-from distill.config import load_config, plain_config, student_config
+from distill.config import add_distill_config, load_config, merge_distill_node, plain_config, student_config
 from distill.errors import DistillError
 from tests.helpers import detector_cfg, distillation_cfg
 
@@ -48,14 +49,62 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         (["SOLVER.MAX_ITER"], "odd length"),
         (["SOLVER.MAX_ITER", "x"], "MAX_ITER"),
         (["SOLVER.BASE_LR.X", "3"], "Cannot use the overrides"),
-        (["DISTILL.BALANCE", "1"], "DISTILL.BALANCE. Write the number with a point"),
+        (["DISTILL.BALANCE", "True"], "Type mismatch .* for config key: DISTILL.BALANCE"),
+        (["SOLVER.MAX_ITER", "1.5"], "Type mismatch .* for config key: SOLVER.MAX_ITER"),
+        (["DATASETS.TEST", "{1: 2}"], "Type mismatch .* for config key: DATASETS.TEST"),
         (["DISTILL.IMPORTS", "['name'"], "DISTILL.IMPORTS is .*: expected a list of modules"),
-        (["DISTILL.IMPORTS", "name"], "DISTILL.IMPORTS is 'name': expected a list of modules"),
+        (["DISTILL.IMPORTS", "no_such_module"], "names the module 'no_such_module', which cannot be imported"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(opts, message):
     with pytest.raises(DistillError, match=message):
         load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", opts)
+
+
+VALUES = {
+    "DISTILL.BALANCE": ("1", 1.0),
+    "SOLVER.BASE_LR": ("1", 1.0),
+    "DATASETS.TEST": ("my_val", ("my_val",)),
+    "SOLVER.STEPS": ("1000", (1000,)),
+    "DISTILL.DISTILLERS": ("review", ["review"]),
+    "DATASETS.TRAIN": ("", ()),
+    "MODEL.FPN.IN_FEATURES": ("['res3']", ["res3"]),
+    "DISTILL.REVIEW.LOSS_WEIGHT": ("2.5", 2.5),
+    "SOLVER.MAX_ITER": ("7", 7),
+}
+
+
+@pytest.mark.parametrize("way", ["overrides", "file", "without a version", "base", "python"])
+def test_whole_numbers_and_single_values_are_taken(tmp_path, way):
+    nested = {}
+    for key, (text, _) in VALUES.items():
+        *path, leaf = key.split(".")
+        node = nested
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = yaml.safe_load(text) if text else ""
+    base = {"VERSION": 2} if way != "without a version" else {}
+    if way == "python":
+        cfg = get_cfg()
+        add_distill_config(cfg)
+        merge_distill_node(cfg, nested["DISTILL"], "config.py")
+    elif way == "overrides":
+        given = [x for key, (text, _) in VALUES.items() for x in (key, text)]
+        cfg = load_config(write(tmp_path / "c.yaml", "VERSION: 2\n"), given)
+    else:
+        path = write(tmp_path / "c.yaml", yaml.dump({**base, **nested}))
+        cfg = load_config(write(tmp_path / "d.yaml", "_BASE_: c.yaml\n") if way == "base" else path)
+    for key, (_, expected) in VALUES.items():
+        node = cfg
+        for part in key.split("."):
+            node = node[part]
+        if way != "python" or key.startswith("DISTILL."):
+            assert node == expected and type(node) is type(expected), key
+
+
+def test_an_old_config_is_still_upgraded(tmp_path):
+    cfg = load_config(write(tmp_path / "c.yaml", "MODEL: {WEIGHT: old.pkl}\n"))
+    assert cfg.MODEL.WEIGHTS == "old.pkl"
 
 
 def test_a_file_that_holds_no_mapping(tmp_path):

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,14 +134,33 @@ def export_file(args: argparse.Namespace) -> None:
     write(model, traced, path, metadata)
     logger.info(f"{path} is written: comparing it with the student in PyTorch on {source}.")
     reference, detector = eager_detector(model, metadata), load_deployed(path)
-    check_file(reference, detector, model, images, f"{path} on {source}")
-    if args.evaluate:
-        recipe.cfg.OUTPUT_DIR = str(folder)
-        own = build_input_mapper(metadata) if metadata.knows_resizing else None
-        if args.size is None:
-            evaluate_both(recipe, model, detector, mapper=own)
-        else:  # the student, too, on images that are scaled and padded to the size
-            evaluate_both(recipe, reference, detector, own, own)
+    with set_aside(path):
+        check_file(reference, detector, model, images, f"{path} on {source}")
+        if args.evaluate:
+            recipe.cfg.OUTPUT_DIR = str(folder)
+            own = build_input_mapper(metadata) if metadata.knows_resizing else None
+            if args.size is None:
+                evaluate_both(recipe, model, detector, mapper=own)
+            else:  # the student, too, on images that are scaled and padded to the size
+                evaluate_both(recipe, reference, detector, own, own)
+
+
+@contextlib.contextmanager
+def set_aside(path: Path) -> Iterator[None]:
+    """Renames a file that does not pass its check, so that nobody deploys it.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        DistillError: what the check raises, with the file's new name.
+    """
+    try:
+        yield
+    except DistillError as error:
+        rejected = path.with_name(f"rejected_{path.name}")
+        path.replace(rejected)
+        raise DistillError(f"{error} The file is now {rejected}.") from error
 
 
 def images_to_check(

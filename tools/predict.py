@@ -23,6 +23,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
+from drawing import DRAWN_PIXELS, MIN_SCORE
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -38,7 +39,6 @@ logger = logging.getLogger("detectron2.predict")
 
 EXPORTED = (".ts", ".onnx")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-DRAWN_PIXELS = 384  # short side of a drawn image, at least: text needs them
 
 
 def load(weights: str, config_file: str, opts: Sequence[str]) -> tuple[nn.Module, Callable[[dict], dict], list[str]]:
@@ -124,8 +124,9 @@ def draw(path: Path, instances: Instances, metadata: Metadata, target: Path) -> 
         target: the file to write.
     """
     image = read_image(str(path), "RGB")
-    scale = max(1.0, DRAWN_PIXELS / min(image.shape[:2]))
-    drawn = Visualizer(image, metadata, scale).draw_instance_predictions(instances)
+    drawn = Visualizer(image, metadata, scale=max(1.0, DRAWN_PIXELS / min(image.shape[:2]))).draw_instance_predictions(
+        instances
+    )
     Image.fromarray(drawn.get_image()).save(target)
 
 
@@ -191,7 +192,7 @@ def main() -> None:
     parser.add_argument("--input", required=True, nargs="+", help="images, and folders of images")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="for the drawn images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the detections, too")
-    parser.add_argument("--min-score", type=float, default=0.5, help="of what is drawn, default: 0.5")
+    parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of what is drawn, default: %(default)s")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ..., overrides of the config")
     args = parser.parse_args()
     setup_logger()

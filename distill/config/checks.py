@@ -33,6 +33,7 @@ def check_solver(cfg: CfgNode, num_workers: int) -> None:
             f"a number of images above 0{evenly}",
         ),
         "MAX_ITER": (node.MAX_ITER > 0, "a number of iterations above 0"),
+        "ACCUMULATE": (node.ACCUMULATE > 0, "the number of batches that make a step, above 0"),
         "BASE_LR": (node.BASE_LR >= 0, "a learning rate, such as 0.01"),
     }
     for key, (is_valid, meaning) in expected.items():

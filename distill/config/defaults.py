@@ -37,7 +37,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Overrides of the teacher's config, as on the command line: [KEY, VALUE, ...]
     _C.DISTILL.TEACHER.OPTS = []
 
-    # Names in DISTILLER_REGISTRY; their losses add up. "Name/variant" is another of the kind, with settings of its own.
+    # Names in DISTILLER_REGISTRY, such as "ReviewDistiller" or "review"; their losses add up. "Name/variant" is another
+    # of the kind, with settings of its own.
     _C.DISTILL.DISTILLERS = []
     # The settings of variants, as keys of DISTILL that differ, such as {boxes: {IMITATION: {REGION: boxes}}}. A config
     # file defines them; the command line may change what is defined.
@@ -237,6 +238,9 @@ def add_distill_config(cfg: CfgNode) -> None:
 
     # "SGD" (with SOLVER.MOMENTUM and NESTEROV) or "AdamW"
     _C.SOLVER.OPTIMIZER = "SGD"
+    # Batches of IMS_PER_BATCH images whose mean gradient makes a step, where a GPU holds too few images. Iterations
+    # count steps.
+    _C.SOLVER.ACCUMULATE = 1
 
     # Of mixed precision: "float16", "bfloat16", or "auto": float16 on CUDA, as Detectron2 has it, bfloat16 on the CPU
     _C.SOLVER.AMP.PRECISION = "auto"
@@ -259,6 +263,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.MODEL.ALIGNED_TEACHER.BACKBONE = ""
     # Which pyramid an AlignedTeacher detects on: "high" (the whole image), "low" (half its size) or "fused" (both)
     _C.TEST.SCALES = "fused"
+    # What model_best.pth is the best in, such as "segm/AP" or, of several test sets, "NAME/segm/AP". Empty: box AP,
+    # else mask AP, PQ or mIoU, of the first test set.
+    _C.TEST.BEST_METRIC = ""
 
     # timm's networks, for build_timm_fpn_backbone
     _C.MODEL.TIMM = CN()

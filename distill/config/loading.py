@@ -13,9 +13,11 @@ from typing import Any
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.config.compat import guess_version
 
 from ..errors import DistillError
 from .defaults import add_distill_config
+from .lenient import fit, fit_overrides
 
 # the node of MODEL that has NUM_CLASSES, by meta-architecture
 CLASS_NODES = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
@@ -80,11 +82,14 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
         if hasattr(module, "add_config"):
             module.add_config(cfg)
     try:
-        cfg.merge_from_file(path, allow_unsafe=from_zoo)
+        if (loaded["VERSION"] if "VERSION" in loaded else guess_version(loaded, path)) == cfg.VERSION:
+            cfg.merge_from_other_cfg(fit(loaded, cfg))
+        else:
+            cfg.merge_from_file(path, allow_unsafe=from_zoo)  # which upgrades it
     except _MERGE_ERRORS as error:
         raise _explain(error, cfg, f"config {path}") from None
     try:
-        cfg.merge_from_list(list(opts))
+        cfg.merge_from_list(fit_overrides(opts, cfg))
     except _MERGE_ERRORS as error:
         raise _explain(error, cfg, "the overrides (KEY VALUE ...)") from None
     return cfg
@@ -113,7 +118,7 @@ def merge_distill_node(cfg: CfgNode, node: Mapping[str, Any], origin: str) -> No
         if hasattr(module, "add_config"):
             module.add_config(cfg)
     try:
-        cfg.merge_from_other_cfg(CfgNode(content))
+        cfg.merge_from_other_cfg(fit(content, cfg))
     except _MERGE_ERRORS as error:
         raise _explain(error, cfg, f"config {origin}") from None
 
@@ -175,7 +180,7 @@ def variant_config(cfg: CfgNode, variant: str) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     try:
-        cfg.DISTILL.merge_from_other_cfg(cfg.DISTILL.VARIANTS[variant])
+        cfg.DISTILL.merge_from_other_cfg(fit(cfg.DISTILL.VARIANTS[variant], cfg.DISTILL))
     except _MERGE_ERRORS as error:
         raise _explain(error, cfg.DISTILL, f"DISTILL.VARIANTS.{variant}") from None
     return cfg
@@ -279,9 +284,9 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.BACKBONE.NAME == "build_slimmable_resnet_fpn_backbone":
         cfg = slim_config(cfg)
     del cfg.MODEL.RESNETS["WIDTH_MULT"]
-    del cfg["DISTILL"], cfg.SOLVER["OPTIMIZER"], cfg.TEST["SCALES"], cfg.INPUT["TRUNCATED"]
+    del cfg["DISTILL"], cfg.SOLVER["OPTIMIZER"], cfg.SOLVER["ACCUMULATE"], cfg.INPUT["TRUNCATED"]
     del cfg.DATASETS["REGISTER"], cfg.DATASETS["CHECK"], cfg.DATASETS["METRIC"]
-    del cfg.MODEL["ALIGNED_TEACHER"], cfg.SOLVER.AMP["PRECISION"]
+    del cfg.MODEL["ALIGNED_TEACHER"], cfg.SOLVER.AMP["PRECISION"], cfg.TEST["SCALES"], cfg.TEST["BEST_METRIC"]
     if cfg.MODEL.META_ARCHITECTURE != "FCOS":
         del cfg.MODEL["FCOS"]
     if cfg.MODEL.BACKBONE.NAME != "build_timm_fpn_backbone":
@@ -320,6 +325,8 @@ def _named_imports(loaded: Any, opts: Sequence[str], path: str) -> list[str]:
             names = value
             with contextlib.suppress(yaml.YAMLError):
                 names = yaml.safe_load(value) if isinstance(value, str) else value
+    if isinstance(names, str) and all(part.isidentifier() for part in names.split(".")):
+        names = [names]
     if not isinstance(names, (list, tuple)):
         raise DistillError(f"DISTILL.IMPORTS is {names!r}: expected a list of modules, such as ['my_distiller'].")
     return list(names)
@@ -345,5 +352,4 @@ def _explain(error: Exception, cfg: CfgNode, where: str) -> DistillError:
                 )
             nearest = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0)
             return DistillError(f"Unknown key {key!r} in {where}. The nearest existing key is {nearest[0]!r}.")
-    hint = " Write the number with a point." if "(<class 'float'> vs. <class 'int'>)" in message else ""
-    return DistillError(f"Cannot use {where}: {message}.{hint}")
+    return DistillError(f"Cannot use {where}: {message}.")

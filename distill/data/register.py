@@ -127,14 +127,15 @@ def check_datasets(cfg: CfgNode) -> None:
                 f"The data sets {names[0]} and {name} have different classes: {', '.join(others[:10])} and "
                 f"{', '.join(classes[:10])}. Give both the same, in one order: name=voc:ROOT:SPLIT:class,class,..."
             )
-    for name in cfg.DATASETS.TRAIN if cfg.MODEL.MASK_ON else ():
+    for name in names if cfg.MODEL.MASK_ON else ():
         masks = MetadataCatalog.get(name).get("masks")
-        if masks == []:
+        is_trained_on = name in cfg.DATASETS.TRAIN
+        if masks == [] and (is_trained_on or MetadataCatalog.get(name).evaluator_type == "coco"):
             raise DistillError(
-                f"The data set {name} has boxes alone, but MODEL.MASK_ON is True: expected polygons or masks. Set "
-                "MODEL.MASK_ON False."
+                f"The data set {name} has boxes alone, but MODEL.MASK_ON is True: expected polygons or masks to "
+                f"{'train on' if is_trained_on else 'evaluate by'}. Set MODEL.MASK_ON False."
             )
-        if "rle" in (masks or []) and cfg.INPUT.MASK_FORMAT == "polygon":
+        if is_trained_on and "rle" in (masks or []) and cfg.INPUT.MASK_FORMAT == "polygon":
             raise DistillError(
                 f"The data set {name} has run-length encoded masks, but INPUT.MASK_FORMAT is polygon. Set "
                 "INPUT.MASK_FORMAT bitmask."

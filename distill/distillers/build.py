@@ -25,6 +25,22 @@ class DistillerRegistry(Registry):
             )
         super()._do_register(name, obj)
 
+    def resolve(self, name: str) -> str:
+        """The registered name that is meant: case and the ending "Distiller" need not be written.
+
+        Args:
+            name: such as "ReviewDistiller", "reviewdistiller" or "review", with or without "/variant".
+
+        Returns:
+            The registered name, with the variant; an unknown or ambiguous one as it is.
+        """
+        kind, slash, variant = name.partition("/")
+        if kind not in self:
+            short = kind.lower().removesuffix("distiller")
+            found = [known for known, _ in self if known.lower().removesuffix("distiller") == short]
+            kind = found[0] if len(found) == 1 else kind
+        return f"{kind}{slash}{variant}"
+
 
 def _source(obj: type) -> str:
     try:
@@ -41,6 +57,18 @@ A registered class is called as ``obj(cfg, student_shape, teacher_shape)`` and r
 """
 
 
+def distiller_names(cfg: CfgNode) -> list[str]:
+    """The distillers of a config, by their registered names.
+
+    Args:
+        cfg: the full config; its DISTILL.IMPORTS are imported.
+
+    Returns:
+        DISTILL.DISTILLERS, with unknown names as they are.
+    """
+    return [DISTILLER_REGISTRY.resolve(name) for name in cfg.DISTILL.DISTILLERS]
+
+
 def check_distillers(cfg: CfgNode) -> None:
     """Imports what ``DISTILL.IMPORTS`` names and checks that ``DISTILL.DISTILLERS`` can be built.
 
@@ -52,7 +80,7 @@ def check_distillers(cfg: CfgNode) -> None:
             unknown, not registered or named twice, a variant has no settings.
     """
     import_modules(cfg.DISTILL.IMPORTS)
-    names = list(cfg.DISTILL.DISTILLERS)
+    names = distiller_names(cfg)
     known = ", ".join(sorted(name for name, _ in DISTILLER_REGISTRY))
     if not names and not cfg.DISTILL.STUDENT.INHERIT:
         raise DistillError(
@@ -104,7 +132,7 @@ def build_distillers(
     """
     check_distillers(cfg)
     distillers = nn.ModuleDict()
-    for name in cfg.DISTILL.DISTILLERS:
+    for name in distiller_names(cfg):
         kind, _, variant = name.partition("/")
         own_cfg = variant_config(cfg, variant) if variant else cfg
         distiller = DISTILLER_REGISTRY.get(kind)(own_cfg, student_shape, teacher_shape)

@@ -240,11 +240,12 @@ def _check(node: CfgNode) -> None:
 def _weighted_distiller(
     name: str, cfg: CfgNode, student_shape: Mapping[str, ShapeSpec], teacher_shape: Mapping[str, ShapeSpec]
 ) -> Distiller:
+    resolved = DISTILLER_REGISTRY.resolve(name)
     forwards = {key: getattr(cls, "forward", cls) for key, cls in DISTILLER_REGISTRY}
     weighted = [key for key, forward in forwards.items() if "weights" in inspect.signature(forward).parameters]
-    if name not in weighted:
+    if resolved not in weighted:
         raise DistillError(
             f"DISTILL.GLOBAL.LOCAL_DISTILLER is {name!r}: expected '' or a distiller whose forward takes the cells' "
             f"weights: {', '.join(sorted(weighted))}."
         )
-    return DISTILLER_REGISTRY.get(name)(cfg, student_shape, teacher_shape)
+    return DISTILLER_REGISTRY.get(resolved)(cfg, student_shape, teacher_shape)

@@ -1,12 +1,87 @@
 """Hooks of the trainer, one job each."""
 
+import logging
+import math
+import os
 from typing import Any
 
 import torch
 from detectron2.engine import HookBase
+from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from ..errors import DistillError
+
+logger = logging.getLogger(__name__)
+
+# what the best checkpoint is the best in, the first that is evaluated
+METRICS = ("bbox/AP", "segm/AP", "panoptic_seg/PQ", "sem_seg/mIoU")
+
+
+class BestCheckpoint(HookBase):
+    """Keeps the checkpoint that does best on the test sets, ``model_best.pth``, beside the periodic ones.
+
+    Detectron2's ``BestCheckpointer`` forgets the best when a run is resumed, which then goes on from the best, not
+    from the last. Belongs behind ``EvalHook``, in the main process.
+
+    Args:
+        checkpointer: of the run.
+        metric: what is to be high, such as "segm/AP" or, of several test sets, "NAME/segm/AP"; empty for the first of
+            :data:`METRICS` that is evaluated, of the first test set.
+    """
+
+    name = "model_best"
+
+    def __init__(self, checkpointer: Checkpointer, metric: str = "") -> None:
+        self._checkpointer = checkpointer
+        self._metric = metric
+        self._best: dict[str, Any] = {}
+
+    @property
+    def path(self) -> str:
+        """Of the checkpoint, which holds under "best" the metric, its value and the iteration."""
+        return os.path.join(self._checkpointer.save_dir, f"{self.name}.pth")
+
+    def before_train(self) -> None:
+        if not self.trainer.start_iter or not os.path.isfile(self.path):
+            return
+        try:
+            self._best = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True).get("best", {})
+        except Exception as error:  # one that was killed while it wrote leaves half a file
+            logger.warning(f"{self.path} cannot be read and will be replaced: {type(error).__name__}: {error}")
+
+    def after_step(self) -> None:
+        self._update()
+
+    def after_train(self) -> None:
+        self._update()
+        if self._metric and not self._best:
+            found = [key for key in self._fresh_scalars() if "/" in key]
+            logger.warning(
+                f"No best checkpoint was kept: TEST.BEST_METRIC is {self._metric!r}, which no evaluation gave. Choose "
+                f"one of {', '.join(found) or 'those that it gives'}."
+            )
+
+    def _fresh_scalars(self) -> dict[str, float]:
+        storage = self.trainer.storage
+        return {key: value for key, (value, at) in storage.latest().items() if at == storage.iter}
+
+    def _update(self) -> None:
+        fresh = self._fresh_scalars()
+        wanted = (self._metric,) if self._metric else METRICS
+        metric = next((k for name in wanted for k in fresh if k == name or k.endswith(f"/{name}")), None)
+        if metric is None:  # nothing was evaluated in this step
+            return
+        value, iteration = fresh[metric], self.trainer.storage.iter
+        before = self._best.get("value", -math.inf) if self._best.get("metric") == metric else -math.inf
+        if not value > before:  # NaN is not
+            return
+        self._best = {"metric": metric, "value": value, "iteration": iteration}
+        last = self._checkpointer.get_checkpoint_file() if self._checkpointer.has_checkpoint() else ""
+        self._checkpointer.save(self.name, best=self._best)
+        if last:  # what --resume goes on from stays the last
+            self._checkpointer.tag_last_checkpoint(os.path.basename(last))
+        logger.info(f"{self.path} is the best so far, with {metric} {value:.2f} after iteration {iteration}")
 
 
 class CheckGradients(HookBase):

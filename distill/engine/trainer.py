@@ -8,14 +8,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import (
-    HookBase,
-    SimpleTrainer,
-    TrainerBase,
-    create_ddp_model,
-    default_writers,
-    hooks,
-)
+from detectron2.engine import HookBase, TrainerBase, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import verify_results
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
@@ -32,9 +25,9 @@ from ..modeling.precision import amp_dtype, keep_coordinates
 from ..modeling.timm_weights import check_backbone
 from ..recipes import Recipe, as_recipe
 from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
-from .hooks import CheckGradients, DrawDenseDetections
+from .hooks import BestCheckpoint, CheckGradients, DrawDenseDetections
 from .launch import ddp_device_ids
-from .precision import MixedPrecisionTrainer
+from .steps import StepTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +35,8 @@ logger = logging.getLogger(__name__)
 class Trainer(TrainerBase):
     """Trains a :class:`DistillationModel`, or any plain Detectron2 detector, as its recipe says.
 
-    The steps are those of Detectron2's ``SimpleTrainer`` or of :class:`MixedPrecisionTrainer`, the hooks Detectron2's
-    and the distillers'. If bad input ends the training, a checkpoint is written. Who wants another optimizer, data
-    loader or evaluator subclasses a recipe.
+    The steps are those of :class:`StepTrainer`, the hooks Detectron2's and the distillers'. If bad input ends the
+    training, a checkpoint is written. Who wants another optimizer, data loader or evaluator subclasses a recipe.
 
     Args:
         recipe: where the model, its data and its schedule come from; a yaml config is one, too.
@@ -64,11 +56,13 @@ class Trainer(TrainerBase):
         device, dtype = torch.device(cfg.MODEL.DEVICE), amp_dtype(cfg)
         if dtype == torch.bfloat16:
             keep_coordinates(student)
-        if dtype is None:
-            self._trainer = SimpleTrainer(model, loader, optimizer)
-        else:
+        if dtype is not None:
             logger.info(f"Mixed precision: {dtype} on {device.type}")
-            self._trainer = MixedPrecisionTrainer(model, loader, optimizer, device, dtype)
+        accumulate = cfg.SOLVER.ACCUMULATE
+        if accumulate > 1:
+            images = cfg.SOLVER.IMS_PER_BATCH
+            logger.info(f"Each iteration takes {accumulate} batches of {images} images: {accumulate * images} in all")
+        self._trainer = StepTrainer(model, loader, optimizer, device, dtype, accumulate)
         self.checkpointer = DetectionCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -131,6 +125,7 @@ class Trainer(TrainerBase):
             found.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, **settings))
         found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))  # behind the checkpoint, in case it fails
         if comm.is_main_process():
+            found.append(BestCheckpoint(self.checkpointer, cfg.TEST.BEST_METRIC))
             writers = default_writers(cfg.OUTPUT_DIR, self.max_iter)
             found.append(hooks.PeriodicWriter(writers, period=self.recipe.log_period))
         return found

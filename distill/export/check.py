@@ -247,10 +247,7 @@ def evaluate_both(
     both = {key: (value, found.get(key, math.nan)) for key, value in expected.items()}
     table = ", ".join(f"{key} {theirs:.2f} (in PyTorch {own:.2f})" for key, (own, theirs) in both.items())
     logger.info(f"The file's {table}")
-    # no detection at all makes an AP of NaN
-    differing = [
-        k for k, (a, b) in both.items() if not (abs(a - b) <= AP_TOLERANCE or (math.isnan(a) and math.isnan(b)))
-    ]
+    differing = [key for key, (own, theirs) in both.items() if not _agree(own, theirs)]
     if differing:
         raise DistillError(f"The file's {table}: {', '.join(differing)} differs by more than {AP_TOLERANCE}.")
     return both

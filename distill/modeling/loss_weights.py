@@ -57,6 +57,7 @@ class LossWeights:
         self._scales: dict[str, float] = {}
         self._times_high = dict.fromkeys(distillers, 0)
         self._is_first = True
+        self._measured_at: int | None = None
 
     def __call__(
         self,
@@ -84,7 +85,9 @@ class LossWeights:
                 _check_dependence(distilled, inputs)
                 self._update_scales()  # what a checkpoint brought
             unmeasured = self._is_first and self._balance and len(self._scales) < len(self._distillers)
-            if self._period and (storage.iter % self._period == 0 or unmeasured):
+            due = self._period and storage.iter % self._period == 0 and storage.iter != self._measured_at
+            if due or unmeasured:  # once a step, which may have several batches
+                self._measured_at = storage.iter
                 self._measure(detection, distilled, inputs)
             self._is_first = False
         weights = self._weights(distilled, storage.iter)

@@ -54,7 +54,8 @@ class PrototypeHook(HookBase):
         recipe = self.trainer.recipe
         self._collector = InstanceCollector(recipe, list(self._bank.levels), self._max_images, self._min_box_size)
         if not self._period:
-            self._period = max(1, self._collector.num_training_images // recipe.cfg.SOLVER.IMS_PER_BATCH)
+            images = recipe.cfg.SOLVER.IMS_PER_BATCH * recipe.cfg.SOLVER.ACCUMULATE
+            self._period = max(1, self._collector.num_training_images // images)
         if self._bank.is_empty:
             self.search()
 

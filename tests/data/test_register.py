@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from PIL import Image
@@ -161,6 +163,39 @@ def test_another_number_of_classes_is_an_error_that_names_both_and_the_fix(kind,
         check_datasets(cfg)
     cfg.MODEL[key].NUM_CLASSES = 10
     check_datasets(cfg)
+
+
+@pytest.mark.parametrize(
+    "masks, mask_format, splits, metric, message",
+    [
+        ("none", "polygon", ["TRAIN"], "", "m has boxes alone, .* to train on. Set MODEL.MASK_ON False"),
+        ("none", "polygon", ["TEST"], "", "m has boxes alone, .* to evaluate by. Set MODEL.MASK_ON False"),
+        ("none", "polygon", ["TEST"], "voc", None),  # PASCAL VOC's metric is that of boxes
+        ("rle", "polygon", ["TRAIN"], "", "run-length encoded masks, .* Set INPUT.MASK_FORMAT bitmask"),
+        ("rle", "polygon", ["TEST"], "", None),
+        ("rle", "bitmask", ["TRAIN", "TEST"], "", None),
+        ("polygon", "polygon", ["TRAIN", "TEST"], "", None),
+    ],
+)
+def test_a_mask_rcnn_wants_masks_that_it_can_read(tmp_path, masks, mask_format, splits, metric, message):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    rle = mask_util.encode(np.asfortranarray(np.ones((30, 40), np.uint8)))
+    mask = {"rle": {"size": [30, 40], "counts": rle["counts"].decode()}, "polygon": [[2, 2, 20, 2, 20, 20]]}
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 2, 18, 18], "area": 9, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [{**annotation, **({"segmentation": mask[masks]} if masks in mask else {})}],
+    }
+    (tmp_path / "m.json").write_text(json.dumps(content))
+    register_datasets([f"m=coco:{tmp_path}/m.json:{tmp_path}"], metric=metric)
+    cfg = detector_cfg("mask_rcnn", **{"MODEL.ROI_HEADS.NUM_CLASSES": 1, "INPUT.MASK_FORMAT": mask_format})
+    set_all(cfg, {"DATASETS.TRAIN": [], "DATASETS.TEST": [], **{f"DATASETS.{split}": ["m"] for split in splits}})
+    if message:
+        with pytest.raises(DistillError, match=message):
+            check_datasets(cfg)
+    else:
+        check_datasets(cfg)
 
 
 def test_an_unknown_data_set_is_named():

@@ -9,12 +9,40 @@ from detectron2.layers import ShapeSpec
 
 from distill.config import load_config
 from distill.distillers import DISTILLER_REGISTRY, build_adaptation, build_distillers, shared_levels
+from distill.distillers.build import DistillerRegistry, distiller_names
 from distill.errors import DistillError
 from tests.helpers import detector_cfg, set_all
 
 
 def shapes(*levels: str, stride_factor: int = 1) -> dict[str, ShapeSpec]:
     return {level: ShapeSpec(channels=8, stride=stride_factor * 2 ** int(level[1:])) for level in levels}
+
+
+@pytest.mark.parametrize(
+    "name", ["ReviewDistiller", "reviewdistiller", "Review", "review", "REVIEW", "review/x", "ReviewDistiller/x"]
+)
+def test_names_need_neither_case_nor_ending(name):
+    cfg = detector_cfg("faster_rcnn")
+    set_all(cfg, {"DISTILL.DISTILLERS": [name, "fgd", "crosskd/Y"]})
+    cfg.DISTILL.VARIANTS.x = CfgNode({"REVIEW": {"LOSS_WEIGHT": 2}})
+    cfg.DISTILL.VARIANTS.Y = CfgNode()
+    names = ["ReviewDistiller" + "/x" * name.endswith("/x"), "FGDDistiller", "CrossKDDistiller/Y"]
+    assert distiller_names(cfg) == names
+    cfg.DISTILL.DISTILLERS = [name, "ReviewDistiller" + "/x" * name.endswith("/x")]
+    with pytest.raises(DistillError, match=f"names '{names[0]}' 2 times"):
+        build_distillers(cfg, shapes("p3"), shapes("p3"))
+    cfg.DISTILL.DISTILLERS = [name]
+    distillers = build_distillers(cfg, shapes("p3"), shapes("p3"))
+    assert list(distillers) == names[:1] and distillers[names[0]].loss_weight == (2.0 if "/x" in name else 1.0)
+
+
+def test_a_registered_name_that_differs_in_case_alone_is_written_out():
+    registry = DistillerRegistry("TEST")
+    for name in ("Mine", "MineDistiller", "mine"):
+        registry._do_register(name, type(name, (), {}))
+    assert [registry.resolve(x) for x in ("Mine", "mine", "MINE", "mineDistiller")] == [
+        *("Mine", "mine", "MINE", "mineDistiller")  # the latter two are ambiguous, so unknown
+    ]
 
 
 def test_levels_default_to_those_shared_finest_first():
@@ -223,7 +251,7 @@ def test_variants_come_from_a_file_and_the_command_line(tmp_path):
         (["ImitationDistiller/"], {}, "'ImitationDistiller/': expected NAME or NAME/LABEL"),
         (["ImitationDistiller/x"], {"x": {"BALANCE": 1.0}}, "VARIANTS.x sets BALANCE, which is not a distiller's own"),
         (["ImitationDistiller/x"], {"x": {"TEACHER": {}}}, "VARIANTS.x sets TEACHER, which is not a distiller's own"),
-        (["Imitation/x"], {"x": {}}, "Unknown distiller 'Imitation'"),
+        (["Imitations/x"], {"x": {}}, "Unknown distiller 'Imitations'"),
     ],
 )
 def test_mistakes_with_variants_are_named(names, variants, message):

@@ -13,7 +13,8 @@ from distill.engine import Trainer, launch
 class OneBatchTrainer(Trainer):
     def build_train_loader(self):
         batch = torch.load(sys.argv[2], weights_only=False)  # written by the test
-        return [batch[comm.get_rank() :: comm.get_world_size()]]
+        own = batch[comm.get_rank() :: comm.get_world_size()]
+        return [own[i :: self.cfg.SOLVER.ACCUMULATE] for i in range(self.cfg.SOLVER.ACCUMULATE)]
 
 
 def main(args: Namespace) -> None:

@@ -15,15 +15,27 @@ def test_objects_are_gathered_under_torchrun_on_cuda():
     assert "cpu:gloo,cuda:gloo ['rank 0', 'rank 1'] [0, 1]" in result.stdout
 
 
-def steps(tmp_path, cfg, batch):
-    """What one process and two of them log of a step and have as weights after it, and the weights before."""
+# Detectron2 samples anchors and proposals at random: here all of them are taken, the same number per image.
+ALL_PROPOSALS = {
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 2000,
+    "MODEL.RPN.NMS_THRESH": 1.0,
+    "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],  # small deltas: no proposal is moved out of its image
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 500,
+    "SOLVER.BASE_LR": 0.01,
+    "SOLVER.WARMUP_ITERS": 0,
+}
+
+
+def steps(tmp_path, cfg, batch, of_two=()):
+    """What one process and two of them log of a step and have as weights after it, and the weights before; ``of_two``
+    are overrides of the two."""
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     torch.save(batch, tmp_path / "batch.pth")
     worker = ["tests/engine/step_worker.py", str(tmp_path / "cfg.yaml"), str(tmp_path / "batch.pth"), "OUTPUT_DIR"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     losses, weights = [], []
-    for name, launcher in (("one", []), ("two", torchrun)):
-        result = run_script(*launcher, *worker, str(tmp_path / name))
+    for name, launcher, more in (("one", [], ()), ("two", torchrun, of_two)):
+        result = run_script(*launcher, *worker, str(tmp_path / name), *more)
         assert result.returncode == 0, result.stderr[-3000:]
         record = json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[-1])
         losses.append({key: value for key, value in record.items() if "loss" in key or "ratio" in key})
@@ -42,19 +54,7 @@ def check_equal(losses, weights, initial, names=None):
 
 
 def test_two_processes_step_like_one(tmp_path):
-    # Detectron2 samples anchors and proposals at random: here all of them are taken, the same number per image.
-    student = detector_cfg(
-        "faster_rcnn",
-        **{
-            "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 2000,
-            "MODEL.RPN.NMS_THRESH": 1.0,
-            "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],  # small deltas: no proposal is moved out of its image
-            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 500,
-            "SOLVER.MAX_ITER": 1,
-            "SOLVER.BASE_LR": 0.01,
-            "SOLVER.WARMUP_ITERS": 0,
-        },
-    )
+    student = detector_cfg("faster_rcnn", **ALL_PROPOSALS, **{"SOLVER.MAX_ITER": 1})
     # Pearson correlation and structural similarity standardise by the images of a process, as published
     names = ["Review", "Imitation", "FGD", "MGD", "CWD", "Logit"]
     cfg = distillation_cfg(
@@ -77,6 +77,21 @@ def test_two_processes_step_like_one(tmp_path):
     check_equal(losses, weights, initial)
     moved = {key for key, before in initial.items() if not torch.equal(weights[1][key], before)}
     assert {key.split(".")[0] for key in moved} == {"backbone", "proposal_generator", "roi_heads", "distillers"}
+
+
+def test_two_processes_with_two_batches_step_like_one_with_one(tmp_path):
+    cfg = distillation_cfg(
+        detector_cfg("faster_rcnn", **ALL_PROPOSALS, **{"SOLVER.MAX_ITER": 1}),
+        write_teacher(tmp_path, detector_cfg("faster_rcnn", channels=32)),
+        **{
+            "DISTILL.DISTILLERS": ["ReviewDistiller", "CWDDistiller"],
+            "DISTILL.REVIEW.NORM": "",
+            "DISTILL.REVIEW.MID_CHANNELS": 32,
+            "DISTILL.GRADIENT_LOG_PERIOD": 0,  # what is logged is the first batch's
+        },
+    )
+    batch = random_batch((64, 96), (64, 96), (60, 96), (64, 90))
+    check_equal(*steps(tmp_path, cfg, batch, of_two=["SOLVER.ACCUMULATE", "2"]))
 
 
 def test_two_processes_distil_a_dense_detector_like_one(tmp_path):

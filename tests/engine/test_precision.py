@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from distill.engine import Trainer
-from distill.engine.precision import MixedPrecisionTrainer
+from distill.engine.steps import StepTrainer
 from distill.errors import DistillError
 from distill.modeling.precision import amp_dtype, keep_coordinates
 from tests.helpers import DETECTORS, detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
@@ -107,13 +107,13 @@ def test_a_float16_training_keeps_its_scale(tmp_path):
 
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    own = MixedPrecisionTrainer(model, [], optimizer, torch.device("cuda"), torch.float16)
+    own = StepTrainer(model, [], optimizer, torch.device("cuda"), torch.float16)
     state = {**own.state_dict(), "iteration": 7, "grad_scaler": {**_scaler_state(), "scale": 128.0}}
     if own.grad_scaler.is_enabled():
         own.load_state_dict(state)
         assert own.grad_scaler.get_scale() == 128.0
     assert own.state_dict().keys() == AMPTrainer(model, [], optimizer).state_dict().keys()
-    cpu = MixedPrecisionTrainer(model, [], optimizer, torch.device("cpu"), torch.bfloat16)
+    cpu = StepTrainer(model, [], optimizer, torch.device("cpu"), torch.bfloat16)
     assert not cpu.grad_scaler.is_enabled()
     cpu.load_state_dict(state)  # a training that began on another device
 

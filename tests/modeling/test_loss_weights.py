@@ -48,6 +48,16 @@ def make(*names, loss_weight=1.0, **settings):
     return distillers, LossWeights(distillers, max_iter=1000, **settings)
 
 
+def test_a_step_of_several_batches_is_measured_once():
+    distillers, loss_weights = make("A", period=2, balance=0.5)
+    for iteration, expected in ((0, 1), (1, 1), (2, 2)):
+        with EventStorage(iteration):
+            for _ in range(3):
+                x = torch.randn(3, requires_grad=True)
+                loss_weights({"loss": x.square().sum()}, {"A": {"loss_a": x.sum()}}, {"p2": x})
+        assert distillers["A"].num_measurements == expected
+
+
 def test_a_loss_may_be_left_out_of_the_decay():
     distillers, loss_weights = make("A", "A/x")
     for distiller in distillers.values():
@@ -170,7 +180,7 @@ def test_float32_features_in_front_of_float16_layers_are_measured_alike():
     loss_weights(*losses(), {"p2": x})
     expected = distillers["A"].log_gradient_ratio.item()
     distillers["A"].reset()
-    with torch.autocast("cpu", torch.float16):
+    with EventStorage(1), torch.autocast("cpu", torch.float16):
         loss_weights(*losses(), {"p2": x})
     assert distillers["A"].num_measurements == 1
     assert math.exp(distillers["A"].log_gradient_ratio.item() - expected) == pytest.approx(1, rel=0.05)

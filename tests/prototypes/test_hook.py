@@ -103,6 +103,9 @@ def test_an_epoch_is_the_default_period(tmp_path):
     cfg = make_cfg(tmp_path, "epoch", **{"DISTILL.GLOBAL.UPDATE_PERIOD": 0, "SOLVER.MAX_ITER": 7})
     trainer = train(cfg)  # ten images, two in a batch: five steps
     assert trainer.model.distillers[NAME].prototypes.searches == 2
+    cfg = make_cfg(tmp_path, "longer", **{"DISTILL.GLOBAL.UPDATE_PERIOD": 0, "SOLVER.MAX_ITER": 7})
+    cfg.SOLVER.ACCUMULATE = 2  # two steps
+    assert train(cfg).model.distillers[NAME].prototypes.searches == 4
 
 
 def test_a_resumed_run_does_not_search_again(tmp_path, caplog):

@@ -134,9 +134,30 @@ def test_a_wrong_file_is_an_error(tmp_path, tool, monkeypatch, name):
         weight[0] -= 0.02
 
     monkeypatch.setitem(tool.FILES, name, (file, write_another))
-    with pytest.raises(SystemExit, match=r"error: .* of a score; expected at most 0.001. .*do not deploy"):
+    with pytest.raises(SystemExit, match=r"error: .* of a score; expected at most 0.001. .*do not deploy.* is now .*"):
         tool.run(*arguments, "--format", name)
-    assert (tmp_path / "out" / file).exists()
+    assert [x.name for x in (tmp_path / "out").iterdir() if x.is_file()] == [f"rejected_{file}"]
+
+
+def test_a_file_with_another_ap_is_an_error(tmp_path, tool, monkeypatch):
+    arguments = write_trained(tmp_path)
+    monkeypatch.setattr(tool, "check_file", lambda *args: None)
+    evaluate_both = tool.evaluate_both
+
+    def with_another_file(recipe, model, detector, **settings):
+        def finds_nothing(inputs):
+            return [{"instances": x["instances"][:0]} for x in detector(inputs)]
+
+        nothing = torch.nn.Module()
+        nothing.forward = finds_nothing
+        return evaluate_both(recipe, model, nothing, **settings)
+
+    monkeypatch.setattr(tool, "evaluate_both", with_another_file)
+    with pytest.raises(
+        SystemExit, match=r"error: The file's bbox/AP .* differs by more than 0.1. .* is now .*rejected"
+    ):
+        tool.run(*arguments, "--format", "torchscript", "--evaluate")
+    assert [x.name for x in (tmp_path / "out").iterdir() if x.is_file()] == ["rejected_model.ts"]
 
 
 def test_arguments_that_cannot_be(tmp_path, tool, monkeypatch):

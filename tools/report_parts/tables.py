@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detectron2.config import CfgNode
 from omegaconf import OmegaConf
 
 from distill.config import detector_config
+from distill.distillers.build import distiller_names
 from distill.modeling.checkpoint import describe_weights
 from distill.recipes import LazyRecipe, Recipe
 from report_parts.reading import Metric, Run, Scores
@@ -157,7 +159,7 @@ def describe(recipe: Recipe, run: Run | None) -> dict[str, str]:
         "Trained on": ", ".join(cfg.DATASETS.TRAIN),
         "Tested on": ", ".join(cfg.DATASETS.TEST),
         "Iterations": iterations,
-        "Images per iteration": f"{cfg.SOLVER.IMS_PER_BATCH}",
+        "Images per iteration": _images(cfg),
         "Learning rate": f"{cfg.SOLVER.BASE_LR:g}",
         "Optimizer": _optimizer(recipe),
         "Detectron2": versions.get("Detectron2", ""),
@@ -176,7 +178,7 @@ def short_path(path: str) -> str:
 def _distillers(recipe: Recipe, run: Run | None) -> str:
     weighing = run.weighing if run is not None else {}
     texts = []
-    for name in recipe.cfg.DISTILL.DISTILLERS:
+    for name in distiller_names(recipe.cfg):
         text = name
         if name in weighing:
             weight, warmup, decay = weighing[name]
@@ -185,6 +187,11 @@ def _distillers(recipe: Recipe, run: Run | None) -> str:
             text += f", falls over the last {decay:.0%}" if decay else ""
         texts.append(text)
     return "; ".join(texts) or "none"
+
+
+def _images(cfg: CfgNode) -> str:
+    batches = cfg.SOLVER.ACCUMULATE
+    return f"{cfg.SOLVER.IMS_PER_BATCH}" + (f" times {batches} batches" if batches > 1 else "")
 
 
 def _optimizer(recipe: Recipe) -> str:

@@ -1,0 +1,58 @@
+"""Values as people write them: a whole number for a float, one value for a list of one."""
+
+import ast
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+
+
+def fit(values: dict, defaults: CfgNode) -> CfgNode:
+    """Brings values to the types of the keys that they are for, where that loses nothing.
+
+    Args:
+        values: what is to be merged.
+        defaults: what it is merged into.
+
+    Returns:
+        A copy in which a whole number is a float, and a single value a list of one, where the default is such. What is
+        wrong stays wrong, for yacs to say so.
+    """
+    result = CfgNode()
+    for key, value in values.items():
+        default = defaults.get(key)
+        nested = isinstance(value, dict) and isinstance(default, CfgNode)
+        result[key] = fit(value, default) if nested else _fit_value(value, default)
+    return result
+
+
+def fit_overrides(opts: Sequence[Any], cfg: CfgNode) -> list[Any]:
+    """The same for overrides.
+
+    Args:
+        opts: ``[KEY, VALUE, ...]``.
+        cfg: what they are merged into.
+
+    Returns:
+        A copy.
+    """
+    result = list(opts)
+    for index in range(1, len(result), 2):
+        node: Any = cfg
+        for part in str(result[index - 1]).split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        result[index] = _fit_value(result[index], node)
+    return result
+
+
+def _fit_value(value: Any, default: Any) -> Any:
+    literal = value
+    if isinstance(value, str):  # as yacs reads them
+        with contextlib.suppress(ValueError, SyntaxError):
+            literal = ast.literal_eval(value)
+    if isinstance(default, float) and type(literal) is int:
+        return float(literal)
+    if isinstance(default, list | tuple) and type(literal) in (str, int, float):
+        return type(default)([literal] if literal != "" else [])
+    return value

@@ -1,0 +1,73 @@
+"""One step of the optimizer, in any precision and over one batch or several."""
+
+import contextlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+
+class StepTrainer(SimpleTrainer):
+    """Detectron2's ``SimpleTrainer`` and ``AMPTrainer`` in one, on any device, with gradients over several batches.
+
+    Args:
+        model: what is trained.
+        data_loader: batches in Detectron2's format.
+        optimizer: of the model.
+        device: of the model.
+        dtype: what is computed in under autocast; None for no autocast. Gradients are scaled in float16 only.
+        accumulate: number of batches whose mean gradient makes a step. Iterations count steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[list[dict]],
+        optimizer: Optimizer,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        self.device, self.dtype, self.accumulate = device, dtype, accumulate
+        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def run_step(self) -> None:
+        """One training step."""
+        self.optimizer.zero_grad()
+        data_time, mean_losses = 0.0, {}
+        for left in reversed(range(self.accumulate)):
+            started = time.perf_counter()
+            data = next(self._data_loader_iter)
+            data_time += time.perf_counter() - started
+            for key, loss in self._backward(data, is_last=left == 0).items():
+                mean_losses[key] = mean_losses.get(key, 0.0) + loss.detach() / self.accumulate
+        self._write_metrics(mean_losses, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _backward(self, data: list[dict], is_last: bool) -> dict[str, Tensor]:
+        """Adds the gradient of a batch; between processes it is exchanged once a step, after the last."""
+        waits = isinstance(self.model, DistributedDataParallel) and not is_last
+        with self.model.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                losses = self.model(data)
+                total = sum(losses.values())
+            self.grad_scaler.scale(total / self.accumulate).backward()
+        return losses
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Detectron2's trainer of the same precision has it."""
+        scaler = {} if self.dtype is None else {"grad_scaler": self.grad_scaler.state_dict()}
+        return {**super().state_dict(), **scaler}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned, also that of a training in another precision."""
+        super().load_state_dict(state_dict)
+        if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
