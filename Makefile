@@ -16,7 +16,7 @@ $(VENV)/.complete: tools/setup_venv.sh tools/install_detectron2.py setup.py cons
 WORKERS ?= 2
 
 test: venv
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 lint: venv
 	$(PY) -m ruff check .

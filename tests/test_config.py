@@ -71,6 +71,7 @@ VALUES = {
     "MODEL.FPN.IN_FEATURES": ("['res3']", ["res3"]),
     "DISTILL.REVIEW.LOSS_WEIGHT": ("2.5", 2.5),
     "SOLVER.MAX_ITER": ("7", 7),
+    "DATASETS.CHECK": ("off", "off"),
 }
 
 

@@ -16,8 +16,8 @@ def fit(values: dict, defaults: CfgNode) -> CfgNode:
         defaults: what it is merged into.
 
     Returns:
-        A copy in which a whole number is a float, and a single value a list of one, where the default is such. What is
-        wrong stays wrong, for yacs to say so.
+        A copy in which a whole number is a float, and a single value a list of one, where the default is such, and
+        yaml's ``off`` is the word where the default is text. What is wrong stays wrong, for yacs to say so.
     """
     result = CfgNode()
     for key, value in values.items():
@@ -51,6 +51,8 @@ def _fit_value(value: Any, default: Any) -> Any:
     if isinstance(value, str):  # as yacs reads them
         with contextlib.suppress(ValueError, SyntaxError):
             literal = ast.literal_eval(value)
+    if isinstance(default, str) and value is False:
+        return "off"  # which yaml reads as False
     if isinstance(default, float) and type(literal) is int:
         return float(literal)
     if isinstance(default, list | tuple) and type(literal) in (str, int, float):

@@ -37,6 +37,7 @@ KINDS = {
     "box swapped": Kind("boxes have their corners in the wrong order"),
     "box outside": Kind("boxes lie outside of their image"),
     "box empty": Kind("boxes have no area and are dropped", True),
+    "mask size differs": Kind("run-length encoded masks have another size than their image"),
     "mask missing": Kind("objects have no mask, as others have, and get their box's", True),
 }
 
@@ -178,6 +179,8 @@ def _check_boxes(record: dict, faults: list[Fault]) -> None:
             kind = "box empty"
         elif w and (x1 <= 0 or y1 <= 0 or x0 >= w or y0 >= h):
             kind = "box outside"
+        elif w and isinstance(mask := annotation.get("segmentation"), dict) and list(mask["size"]) != [h, w]:
+            kind = "mask size differs"
         if kind:
             faults.append(Fault(kind, record, record["file_name"].removeprefix(SEEN)))
         else:

@@ -20,7 +20,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, load_voc_instances
 from iopath.common.file_io import file_lock
 from PIL import Image, ImageFilter
-from sklearn.datasets import load_digits, load_sample_images
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +53,8 @@ class SceneComposer:
     """
 
     def __init__(self, split: str) -> None:
+        from sklearn.datasets import load_digits, load_sample_images  # a second that only this data set costs
+
         self.split = split
         self.size = SETTINGS["size"]
         digits = load_digits()
