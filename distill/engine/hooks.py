@@ -39,7 +39,7 @@ class BestCheckpoint(HookBase):
 
     @property
     def path(self) -> str:
-        """Of the checkpoint, which holds under "best" the metric, its value and the iteration."""
+        """Of the checkpoint, which holds under "best" the metric, its value and the number of iterations."""
         return os.path.join(self._checkpointer.save_dir, f"{self.name}.pth")
 
     def before_train(self) -> None:
@@ -51,10 +51,10 @@ class BestCheckpoint(HookBase):
             logger.warning(f"{self.path} cannot be read and will be replaced: {type(error).__name__}: {error}")
 
     def after_step(self) -> None:
-        self._update()
+        self._update(self.trainer.iter + 1)
 
     def after_train(self) -> None:
-        self._update()
+        self._update(self.trainer.iter)
         if self._metric and not self._best:
             found = [key for key in self._fresh_scalars() if "/" in key]
             logger.warning(
@@ -66,22 +66,22 @@ class BestCheckpoint(HookBase):
         storage = self.trainer.storage
         return {key: value for key, (value, at) in storage.latest().items() if at == storage.iter}
 
-    def _update(self) -> None:
+    def _update(self, done: int) -> None:
         fresh = self._fresh_scalars()
         wanted = (self._metric,) if self._metric else METRICS
         metric = next((k for name in wanted for k in fresh if k == name or k.endswith(f"/{name}")), None)
         if metric is None:  # nothing was evaluated in this step
             return
-        value, iteration = fresh[metric], self.trainer.storage.iter
+        value = fresh[metric]
         before = self._best.get("value", -math.inf) if self._best.get("metric") == metric else -math.inf
         if not value > before:  # NaN is not
             return
-        self._best = {"metric": metric, "value": value, "iteration": iteration}
+        self._best = {"metric": metric, "value": value, "iterations": done}
         last = self._checkpointer.get_checkpoint_file() if self._checkpointer.has_checkpoint() else ""
         self._checkpointer.save(self.name, best=self._best)
         if last:  # what --resume goes on from stays the last
             self._checkpointer.tag_last_checkpoint(os.path.basename(last))
-        logger.info(f"{self.path} is the best so far, with {metric} {value:.2f} after iteration {iteration}")
+        logger.info(f"{self.path} is the best so far, with {metric} {value:.2f} after {done} iterations")
 
 
 class CheckGradients(HookBase):

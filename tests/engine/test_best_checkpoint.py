@@ -54,7 +54,7 @@ def boxes(*values):
 def test_the_best_is_kept_and_the_last_stays_the_last(tmp_path, monkeypatch):
     trainer = train(tmp_path, monkeypatch, boxes(1, 5, float("nan"), 5, 4))
     iteration, said = best(tmp_path)
-    assert iteration == 1 and said == {"metric": "bbox/AP", "value": 5, "iteration": 1}
+    assert iteration == 1 and said == {"metric": "bbox/AP", "value": 5, "iterations": 2}
     assert agreed_checkpoint(trainer.checkpointer).endswith("model_final.pth")
 
 
@@ -69,7 +69,7 @@ def test_a_resumed_run_remembers_the_best(tmp_path, monkeypatch):
     resumed = train(tmp_path, monkeypatch, boxes(1, 7, 2, 6), resume=True)
     assert resumed.start_iter == 3 and best(tmp_path)[0] == 1
     train(tmp_path, monkeypatch, boxes(1, 7, 2, 6, 8), resume=True)
-    assert best(tmp_path) == (4, {"metric": "bbox/AP", "value": 8, "iteration": 5})  # after the last step
+    assert best(tmp_path) == (4, {"metric": "bbox/AP", "value": 8, "iterations": 5})
     train(tmp_path, monkeypatch, boxes(3, 2))  # a run that begins anew has a best of its own
     assert best(tmp_path)[0] == 0
 
