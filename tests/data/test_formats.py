@@ -73,6 +73,12 @@ def test_images_and_annotations_in_two_folders(tmp_path):
     assert len(checked(read_voc("x", str(tmp_path), "all")).records) == 4
 
 
+def test_an_annotation_whose_image_is_gone_is_a_fault(tmp_path):
+    (write_flat_voc(tmp_path) / "b.jpg").unlink()
+    with pytest.raises(DistillError, match="1 images do not exist: .*b.jpg"):
+        checked(read_voc("x", str(tmp_path), "all"))
+
+
 def test_roboflows_folders_of_splits(tmp_path):
     write_flat_voc(tmp_path / "train")
     write_flat_voc(tmp_path / "valid", ["e"])
@@ -232,6 +238,7 @@ def test_an_object_without_a_mask_gets_its_boxs(tmp_path):
         ({"bbox": [20, 6, -5, 10]}, "1 boxes have their corners in the wrong order"),
         ({"bbox": "4 6 16 10"}, "1 annotations cannot be read"),
         ({"segmentation": {"size": [W, H], "counts": [0, W * H]}}, "1 run-length encoded masks have another size"),
+        ({"segmentation": {"size": [H, W], "counts": "@@@"}}, "1 annotations cannot be read"),
     ],
 )
 def test_faulty_annotations_are_counted(tmp_path, change, message):

@@ -115,7 +115,7 @@ def check_classes(name: str, classes: Sequence[str]) -> None:
     Raises:
         DistillError: there is no class, or one twice.
     """
-    require(bool(classes), name, "it has no annotated object, so no class: expected one at least.")
+    require(bool(classes), name, "it declares no class, and no annotated object has one: expected one class at least.")
     twice = sorted({c for c in classes if list(classes).count(c) > 1})
     require(not twice, name, f"the classes {', '.join(twice)} are there more than once: expected names that differ.")
 

@@ -38,9 +38,12 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
         f"there is no XML file in '{folder}' or a folder below it: expected PASCAL VOC's layout (Annotations, "
         "ImageSets/Main, JPEGImages), or images and XML files in one folder or two.",
     )
-    images = find_images([folder / "JPEGImages", folder, *sorted(p for p in folder.iterdir() if p.is_dir())])
+    standard = folder / "JPEGImages"
+    expected = standard if standard.is_dir() else folder
+    images = find_images([standard, folder, *sorted(p for p in folder.iterdir() if p.is_dir())])
     lists = folder / "ImageSets" / "Main"
-    stems = select(name, split, _both(annotations, images), lists if lists.is_dir() else folder)
+    # of a flat folder what is annotated: an image without an XML file has not been looked at
+    stems = select(name, split, list(annotations), lists if lists.is_dir() else folder)
     source = Source([], [], "pascal_voc", metadata={"year": 2007 if "2007" in folder.resolve().name else 2012})
     parsed = {stem: _parse(path) for stem, path in annotations.items()}
     found = {c for tree in parsed.values() if tree is not None for c in _names(tree)}
@@ -54,7 +57,7 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
         "Name all of them, or none to take them from the annotations.",
     )
     for stem in stems:
-        record = {"file_name": absolute(images.get(stem, folder / "JPEGImages" / f"{stem}.jpg")), "image_id": stem}
+        record = {"file_name": absolute(images.get(stem, expected / f"{stem}.jpg")), "image_id": stem}
         source.records.append({**record, "height": 0, "width": 0, "annotations": []})
         _read_xml(source, annotations.get(stem), parsed.get(stem))
     return source
@@ -66,11 +69,6 @@ def _annotations(folder: Path) -> dict[str, Path]:
         if found:
             return found
     return {}
-
-
-def _both(annotations: dict[str, Path], images: dict[str, Path]) -> list[str]:
-    """Of a flat folder what is annotated: an image without an XML file has not been looked at."""
-    return [stem for stem in annotations if stem in images] or list(annotations)
 
 
 def _parse(path: Path) -> ElementTree.Element | None:

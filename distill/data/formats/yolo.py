@@ -54,7 +54,9 @@ def _from_yaml(name: str, path: Path, split: str) -> tuple[list[str], list[Path]
         names = content["names"]
         classes = [str(names[key]) for key in sorted(names)] if isinstance(names, dict) else [str(n) for n in names]
         is_dense = not isinstance(names, dict) or sorted(names) == list(range(len(names)))
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except yaml.YAMLError as error:
+        require(False, name, f"'{path}' is not YAML: {error}.")
+    except (KeyError, TypeError, ValueError) as error:
         require(False, name, f"'{path}' is not YOLO's data.yaml (names, train, val): {error!r}.")
     require(is_dense, name, f"'{path}': expected names of the classes 0, 1, 2, ... without a gap.")
     number = content.get("nc")
