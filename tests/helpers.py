@@ -19,6 +19,8 @@ import distill.modeling  # noqa: F401  registers its meta-architectures and back
 from distill import add_distill_config
 from distill.distillers import DISTILLER_REGISTRY
 
+from .forks import run_in_fork
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 DETECTORS = ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet", "fcos"]
@@ -217,11 +219,14 @@ def script_environment() -> dict[str, str]:
 
 
 def run_script(*args: str, cwd: Path = ROOT, timeout: int = 1200, **env: str) -> subprocess.CompletedProcess:
-    """Runs a script of the project as a user does."""
+    """Runs a script of the project as a user does; another, or a module, in a Python of its own."""
+    env = {**script_environment(), **env}
+    if cwd == ROOT and args[0].endswith(".py"):
+        return run_in_fork(list(args), cwd, timeout, env)
     return subprocess.run(
         [sys.executable, *args],
         cwd=cwd,
-        env={**script_environment(), **env},
+        env=env,
         capture_output=True,
         text=True,
         timeout=timeout,
