@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from detectron2.utils.logger import setup_logger
 from measuring import (
     KeptMemory,
@@ -197,6 +197,7 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> tuple[dict[str, 
 
     def measuring_step() -> None:
         own, model._loss_weights = model._loss_weights, measuring
+        get_event_storage().iter += 1  # it measures once an iteration
         step(model, optimizer)
         model._loss_weights = own
 

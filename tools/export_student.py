@@ -31,6 +31,7 @@ from distill.errors import DistillError
 from distill.export import (
     TOLERANCE,
     DeployedDetector,
+    FileFault,
     FileMetadata,
     build_input_mapper,
     compare_on,
@@ -133,8 +134,9 @@ def export_file(args: argparse.Namespace) -> None:
     path = folder / name
     write(model, traced, path, metadata)
     logger.info(f"{path} is written: comparing it with the student in PyTorch on {source}.")
-    reference, detector = eager_detector(model, metadata), load_deployed(path)
+    reference = eager_detector(model, metadata)
     with set_aside(path):
+        detector = load_file(path)
         check_file(reference, detector, model, images, f"{path} on {source}")
         if args.evaluate:
             recipe.cfg.OUTPUT_DIR = str(folder)
@@ -153,14 +155,32 @@ def set_aside(path: Path) -> Iterator[None]:
         path: of the file.
 
     Raises:
-        DistillError: what the check raises, with the file's new name.
+        FileFault: what the check raises, with the file's new name. Other errors say nothing about the file.
     """
     try:
         yield
-    except DistillError as error:
+    except FileFault as error:
         rejected = path.with_name(f"rejected_{path.name}")
         path.replace(rejected)
-        raise DistillError(f"{error} The file is now {rejected}.") from error
+        raise FileFault(f"{error} The file is now {rejected}.") from error
+
+
+def load_file(path: Path) -> DeployedDetector:
+    """Loads a file that was just written.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The detector.
+
+    Raises:
+        FileFault: it cannot be loaded.
+    """
+    try:
+        return load_deployed(path)
+    except DistillError as error:
+        raise FileFault(str(error)) from error
 
 
 def images_to_check(
@@ -220,7 +240,7 @@ def check_file(
         what: the file and the images, for the messages.
 
     Raises:
-        DistillError: they differ.
+        FileFault: they differ.
     """
     difference = compare_on(reference, detector, model, images)
     result = (
@@ -231,7 +251,7 @@ def check_file(
         result += f", {difference.mask:.1e} of a mask's cell"
     logger.info(result)
     if not difference.largest <= TOLERANCE:
-        raise DistillError(
+        raise FileFault(
             f"{result}; expected at most {TOLERANCE}. The file does not find what the student in PyTorch finds: do not "
             "deploy it. If the student computes with fixed sizes, give --size HEIGHT WIDTH."
         )

@@ -88,6 +88,9 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_file(path, allow_unsafe=from_zoo)  # which upgrades it
     except _MERGE_ERRORS as error:
         raise _explain(error, cfg, f"config {path}") from None
+    for label, settings in cfg.DISTILL.VARIANTS.items():  # their keys have the types of the distillers' own
+        if isinstance(settings, CfgNode):
+            cfg.DISTILL.VARIANTS[label] = fit(settings, cfg.DISTILL)
     try:
         cfg.merge_from_list(fit_overrides(opts, cfg))
     except _MERGE_ERRORS as error:

@@ -38,6 +38,7 @@ KINDS = {
     "box outside": Kind("boxes lie outside of their image"),
     "box empty": Kind("boxes have no area and are dropped", True),
     "mask size differs": Kind("run-length encoded masks have another size than their image"),
+    "mask unreadable": Kind("run-length encoded masks cannot be decoded"),
     "mask missing": Kind("objects have no mask, as others have, and get their box's", True),
 }
 
@@ -129,13 +130,26 @@ def _check_image(record: dict, header: Header, faults: list[Fault], notes: dict,
             faults.append(Fault("size differs", record, file))
             return False
         for annotation in record["annotations"]:
-            _turn(annotation, header)
+            try:
+                _turn(annotation, header)
+            except ValueError:
+                faults.append(Fault("mask unreadable", record, file))
         notes["are rotated by their EXIF tag"].append(file)
     if header.needs:
         notes[_NOTES[header.needs]].append(file)
     if header.needs or header.fault:
         record["file_name"] = SEEN + file
     return is_turned
+
+
+def _mask_fault(mask: dict, height: int, width: int) -> str:
+    if list(mask["size"]) != [height, width]:
+        return "mask size differs"
+    try:
+        mask_util.decode(mask)
+    except ValueError:
+        return "mask unreadable"
+    return ""
 
 
 def _turn(annotation: dict, header: Header) -> None:
@@ -179,8 +193,8 @@ def _check_boxes(record: dict, faults: list[Fault]) -> None:
             kind = "box empty"
         elif w and (x1 <= 0 or y1 <= 0 or x0 >= w or y0 >= h):
             kind = "box outside"
-        elif w and isinstance(mask := annotation.get("segmentation"), dict) and list(mask["size"]) != [h, w]:
-            kind = "mask size differs"
+        elif w and isinstance(mask := annotation.get("segmentation"), dict):
+            kind = _mask_fault(mask, h, w)
         if kind:
             faults.append(Fault(kind, record, record["file_name"].removeprefix(SEEN)))
         else:

@@ -85,7 +85,7 @@ def _register(name: str, source: Source, evaluator_type: str) -> None:
         "rle" if isinstance(a["segmentation"], dict) else "polygon"
         for record in records
         for a in record["annotations"]
-        if "segmentation" in a
+        if "segmentation" in a and not a.get("iscrowd")  # which no mapper uses
     }
     MetadataCatalog.get(name).set(
         thing_classes=source.classes,

@@ -78,15 +78,21 @@ def save_after_failure(trainer: Trainer) -> None:
         others["trainer"]["iteration"] = done  # a step that failed is done again, one that was done is not
     name = f"model_{done:07d}.pth"
     try:
-        _write(os.path.join(checkpointer.save_dir, name), {"model": model, **others, "iteration": done})
-        _write(os.path.join(checkpointer.save_dir, "last_checkpoint"), name)
-    except OSError as error:  # a full disk must not hide what failed before
+        write_file(os.path.join(checkpointer.save_dir, name), {"model": model, **others, "iteration": done})
+        write_file(os.path.join(checkpointer.save_dir, "last_checkpoint"), name)
+    except (OSError, RuntimeError) as error:  # a full disk must not hide what failed before
         logger.error(f"What was learned until here cannot be saved: {error}")
         return
     logger.info(f"Saved what was learned until here: {os.path.join(checkpointer.save_dir, name)}")
 
 
-def _write(path: str, content: Any) -> None:
+def write_file(path: str, content: Any) -> None:
+    """Writes a file, which whoever is killed meanwhile leaves as it was.
+
+    Args:
+        path: of the file.
+        content: text, or what ``torch.save`` takes.
+    """
     temporary = f"{path}.{comm.get_rank()}.tmp"
     if isinstance(content, str):
         with open(temporary, "w") as f:

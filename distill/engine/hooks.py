@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from ..errors import DistillError
+from .checkpoints import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +21,7 @@ METRICS = ("bbox/AP", "segm/AP", "panoptic_seg/PQ", "sem_seg/mIoU")
 
 
 class BestCheckpoint(HookBase):
-    """Keeps the checkpoint that does best on the test sets, ``model_best.pth``, beside the periodic ones.
+    """Keeps the weights that do best on the test sets, ``model_best.pth``, beside the periodic checkpoints.
 
     Detectron2's ``BestCheckpointer`` forgets the best when a run is resumed, which then goes on from the best, not
     from the last. Belongs behind ``EvalHook``, in the main process.
@@ -30,57 +32,63 @@ class BestCheckpoint(HookBase):
             :data:`METRICS` that is evaluated, of the first test set.
     """
 
-    name = "model_best"
-
     def __init__(self, checkpointer: Checkpointer, metric: str = "") -> None:
         self._checkpointer = checkpointer
         self._metric = metric
         self._best: dict[str, Any] = {}
+        self._seen: dict | None = None
+        self._has_warned = False
 
     @property
     def path(self) -> str:
-        """Of the checkpoint, which holds under "best" the metric, its value and the number of iterations."""
-        return os.path.join(self._checkpointer.save_dir, f"{self.name}.pth")
+        """Of the file, which holds under "best" the metric, its value and the number of iterations."""
+        return os.path.join(self._checkpointer.save_dir, "model_best.pth")
 
     def before_train(self) -> None:
-        if not self.trainer.start_iter or not os.path.isfile(self.path):
+        if not os.path.isfile(self.path):
+            return
+        if not self.trainer.start_iter:  # or --resume would take another training's best for this one's
+            previous = os.path.join(self._checkpointer.save_dir, "previous_model_best.pth")
+            os.replace(self.path, previous)
+            logger.info(f"The best of an earlier training is now {previous}")
             return
         try:
             self._best = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True).get("best", {})
-        except Exception as error:  # one that was killed while it wrote leaves half a file
+        except Exception as error:
             logger.warning(f"{self.path} cannot be read and will be replaced: {type(error).__name__}: {error}")
 
     def after_step(self) -> None:
         self._update(self.trainer.iter + 1)
 
     def after_train(self) -> None:
-        self._update(self.trainer.iter)
-        if self._metric and not self._best:
-            found = [key for key in self._fresh_scalars() if "/" in key]
-            logger.warning(
-                f"No best checkpoint was kept: TEST.BEST_METRIC is {self._metric!r}, which no evaluation gave. Choose "
-                f"one of {', '.join(found) or 'those that it gives'}."
-            )
-
-    def _fresh_scalars(self) -> dict[str, float]:
-        storage = self.trainer.storage
-        return {key: value for key, (value, at) in storage.latest().items() if at == storage.iter}
+        self._update(min(self.trainer.iter, self.trainer.max_iter))
 
     def _update(self, done: int) -> None:
-        fresh = self._fresh_scalars()
-        wanted = (self._metric,) if self._metric else METRICS
-        metric = next((k for name in wanted for k in fresh if k == name or k.endswith(f"/{name}")), None)
-        if metric is None:  # nothing was evaluated in this step
+        if self.trainer.results is self._seen:  # nothing was evaluated since
             return
-        value = fresh[metric]
+        self._seen = self.trainer.results
+        found = flatten_results_dict(self._seen or {})
+        wanted = (self._metric,) if self._metric else METRICS
+        metric = next((k for name in wanted for k in found if k == name or k.endswith(f"/{name}")), None)
+        if metric is None:
+            if self._metric and found and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    f"No best checkpoint is kept: TEST.BEST_METRIC is {self._metric!r}, which the evaluation does not "
+                    f"give. Choose one of {', '.join(found)}."
+                )
+            return
+        value = found[metric]
         before = self._best.get("value", -math.inf) if self._best.get("metric") == metric else -math.inf
         if not value > before:  # NaN is not
             return
-        self._best = {"metric": metric, "value": value, "iterations": done}
-        last = self._checkpointer.get_checkpoint_file() if self._checkpointer.has_checkpoint() else ""
-        self._checkpointer.save(self.name, best=self._best)
-        if last:  # what --resume goes on from stays the last
-            self._checkpointer.tag_last_checkpoint(os.path.basename(last))
+        best = {"metric": metric, "value": value, "iterations": done}
+        try:
+            write_file(self.path, {"model": self._checkpointer.model.state_dict(), "best": best})
+        except (OSError, RuntimeError) as error:  # a full disk ends no training for a file beside
+            logger.error(f"The best checkpoint so far cannot be saved: {error}")
+            return
+        self._best = best
         logger.info(f"{self.path} is the best so far, with {metric} {value:.2f} after {done} iterations")
 
 
@@ -130,6 +138,7 @@ class DrawDenseDetections(HookBase):
         self._period = period
 
     def before_train(self) -> None:
+        self._drawn_at = -1
         self._handle = self._detector.register_forward_hook(self._draw)
 
     def after_train(self) -> None:
@@ -137,8 +146,10 @@ class DrawDenseDetections(HookBase):
 
     @torch.no_grad()
     def _draw(self, detector: nn.Module, args: tuple, output: Any) -> None:
-        if not detector.training or self.trainer.iter % self._period:
+        due = self.trainer.iter % self._period == 0 and self.trainer.iter != self._drawn_at
+        if not detector.training or not due:  # a step may have several batches
             return
+        self._drawn_at = self.trainer.iter
         detector.eval()
         try:
             # without the size of the file, so that boxes are in pixels of the image as it is given

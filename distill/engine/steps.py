@@ -57,6 +57,8 @@ class StepTrainer(SimpleTrainer):
         with self.model.no_sync() if waits else contextlib.nullcontext():
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 losses = self.model(data)
+                if isinstance(losses, Tensor):  # as SimpleTrainer has it
+                    losses = {"total_loss": losses}
                 total = sum(losses.values())
             self.grad_scaler.scale(total / self.accumulate).backward()
         return losses

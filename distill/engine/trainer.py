@@ -47,6 +47,7 @@ class Trainer(TrainerBase):
         self.recipe = as_recipe(recipe)
         self.recipe.scale_workers(comm.get_world_size())
         self.cfg = cfg = self.recipe.cfg
+        self.results: dict | None = None  # of the last evaluation
         self.last_step: int | None = None  # the last that was done, counted from 0
         model = self.build_model(self.recipe)
         student = model.student if isinstance(model, DistillationModel) else model
@@ -138,14 +139,14 @@ class Trainer(TrainerBase):
 
     def _evaluate(self) -> dict:
         try:
-            self._results = self.recipe.evaluate(self.model)
+            self.results = self.recipe.evaluate(self.model)
         except Exception as error:  # of an evaluator, of a data set
             reason = str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
             raise DistillError(
                 f"The evaluation after iteration {self.iter} failed: {reason} What was learned is safe in "
                 f"{self.cfg.OUTPUT_DIR}: mend the cause, then evaluate by --eval-only --resume, or go on by --resume."
             ) from error
-        return self._results
+        return self.results
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads what the training begins with. A run that starts (and is not resumed) inherits what
@@ -217,8 +218,8 @@ class Trainer(TrainerBase):
             save_after_failure(self)
             raise
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
-            verify_results(self.cfg, self._results)
-            return self._results
+            verify_results(self.cfg, self.results)
+            return self.results
         return None
 
     def _divergence(self, error: FloatingPointError) -> str:

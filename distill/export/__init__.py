@@ -3,6 +3,7 @@
 from .check import (
     TOLERANCE,
     Difference,
+    FileFault,
     compare,
     compare_on,
     evaluate_both,
@@ -18,6 +19,7 @@ __all__ = [
     "TOLERANCE",
     "DeployedDetector",
     "Difference",
+    "FileFault",
     "FileMetadata",
     "build_input_mapper",
     "class_names",

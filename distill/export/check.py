@@ -26,6 +26,10 @@ TOLERANCE = 1e-3
 AP_TOLERANCE = 0.1
 
 
+class FileFault(DistillError):
+    """An exported file is not what the detector in PyTorch is."""
+
+
 @dataclass
 class Difference:
     """The largest differences between the detections of two detectors.
@@ -115,14 +119,14 @@ def compare_on(
         The largest differences, over all images.
 
     Raises:
-        DistillError: the file or the detector cannot be run on an image.
+        DistillError: the file or the detector cannot be run on an image; of the file it is a :class:`FileFault`.
     """
     threshold, limit = _cut_offs(model)
     result = Difference()
     started = logged = time.perf_counter()
     for index, image in enumerate(images):
-        found = _detect(detector, image, "The file")
-        own = _detect(reference, image, "The student")
+        found = _detect(detector, image, "The file", FileFault)
+        own = _detect(reference, image, "The student", DistillError)
         result |= compare(own, found, threshold, limit)
         if time.perf_counter() - logged > 10:
             logged = time.perf_counter()
@@ -131,13 +135,13 @@ def compare_on(
     return result
 
 
-def _detect(detector: DeployedDetector, image: Tensor, what: str) -> Instances:
+def _detect(detector: DeployedDetector, image: Tensor, what: str, kind: type[DistillError]) -> Instances:
     try:
         return detector.detect(image)
     except DistillError:
         raise
     except Exception as error:  # whatever a runtime raises
-        raise DistillError(
+        raise kind(
             f"{what} cannot be run on an image of {image.shape[1]}x{image.shape[2]} pixels: {first_line(error)} Does "
             "the student compute with fixed sizes? Give --size HEIGHT WIDTH."
         ) from error
@@ -235,7 +239,8 @@ def evaluate_both(
         The AP of both, in percent, by task (and, of several test sets, by their names), such as "bbox/AP".
 
     Raises:
-        DistillError: there is nothing to evaluate, or some AP differs by more than 0.1.
+        DistillError: there is nothing to evaluate.
+        FileFault: some AP differs by more than 0.1.
     """
     results = []
     for name, model, read in (("student", student, student_mapper), ("file", detector, mapper)):
@@ -249,7 +254,7 @@ def evaluate_both(
     logger.info(f"The file's {table}")
     differing = [key for key, (own, theirs) in both.items() if not _agree(own, theirs)]
     if differing:
-        raise DistillError(f"The file's {table}: {', '.join(differing)} differs by more than {AP_TOLERANCE}.")
+        raise FileFault(f"The file's {table}: {', '.join(differing)} differs by more than {AP_TOLERANCE}.")
     return both
 
 

@@ -238,7 +238,7 @@ def test_an_object_without_a_mask_gets_its_boxs(tmp_path):
         ({"bbox": [20, 6, -5, 10]}, "1 boxes have their corners in the wrong order"),
         ({"bbox": "4 6 16 10"}, "1 annotations cannot be read"),
         ({"segmentation": {"size": [W, H], "counts": [0, W * H]}}, "1 run-length encoded masks have another size"),
-        ({"segmentation": {"size": [H, W], "counts": "@@@"}}, "1 annotations cannot be read"),
+        ({"segmentation": {"size": [H, W], "counts": "@@@"}}, "1 run-length encoded masks cannot be decoded"),
     ],
 )
 def test_faulty_annotations_are_counted(tmp_path, change, message):

@@ -175,6 +175,7 @@ def test_another_number_of_classes_is_an_error_that_names_both_and_the_fix(kind,
         ("rle", "polygon", ["TEST"], "", None),
         ("rle", "bitmask", ["TRAIN", "TEST"], "", None),
         ("polygon", "polygon", ["TRAIN", "TEST"], "", None),
+        ("polygon and a crowd", "polygon", ["TRAIN", "TEST"], "", None),
     ],
 )
 def test_a_mask_rcnn_wants_masks_that_it_can_read(tmp_path, masks, mask_format, splits, metric, message):
@@ -182,11 +183,14 @@ def test_a_mask_rcnn_wants_masks_that_it_can_read(tmp_path, masks, mask_format, 
     rle = mask_util.encode(np.asfortranarray(np.ones((30, 40), np.uint8)))
     mask = {"rle": {"size": [30, 40], "counts": rle["counts"].decode()}, "polygon": [[2, 2, 20, 2, 20, 20]]}
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 2, 18, 18], "area": 9, "iscrowd": 0}
+    crowd = {**annotation, "id": 2, "iscrowd": 1, "segmentation": mask["rle"]}  # as COCO's own are
+    own = masks.split()[0]
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}],
         "categories": [{"id": 1, "name": "cell"}],
-        "annotations": [{**annotation, **({"segmentation": mask[masks]} if masks in mask else {})}],
+        "annotations": [{**annotation, **({"segmentation": mask[own]} if own in mask else {})}],
     }
+    content["annotations"] += [crowd] * ("crowd" in masks)
     (tmp_path / "m.json").write_text(json.dumps(content))
     register_datasets([f"m=coco:{tmp_path}/m.json:{tmp_path}"], metric=metric)
     cfg = detector_cfg("mask_rcnn", **{"MODEL.ROI_HEADS.NUM_CLASSES": 1, "INPUT.MASK_FORMAT": mask_format})

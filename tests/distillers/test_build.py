@@ -226,6 +226,11 @@ def test_variants_come_from_a_file_and_the_command_line(tmp_path):
     (tmp_path / "c.yaml").write_text("_BASE_: base.yaml\nDISTILL: {VARIANTS: {fine: {REVIEW: {NORM: GN}}}}\n")
     cfg = load_config(str(tmp_path / "c.yaml"), ["DISTILL.VARIANTS.fine.REVIEW.NORM", "BN"])
     assert cfg.DISTILL.VARIANTS.fine.REVIEW == {"LEVELS": ["p2"], "NORM": "BN"}
+    (tmp_path / "d.yaml").write_text(
+        "DISTILL: {VARIANTS: {fine: {REVIEW: {LOSS_WEIGHT: 2, LEVELS: p3}}}}\nVERSION: 2\n"
+    )
+    cfg = load_config(str(tmp_path / "d.yaml"), ["DISTILL.VARIANTS.fine.REVIEW.LOSS_WEIGHT", "0.5"])
+    assert cfg.DISTILL.VARIANTS.fine.REVIEW == {"LEVELS": ["p3"], "LOSS_WEIGHT": 0.5}
     with pytest.raises(DistillError, match="'DISTILL.VARIANTS.new.REVIEW.NORM'.*A config file defines"):
         load_config(str(tmp_path / "c.yaml"), ["DISTILL.VARIANTS.new.REVIEW.NORM", "BN"])
     (tmp_path / "c.yaml").write_text("DISTILL: {VARIANTS: {2: {REVIEW: {NORM: GN}}}}\nVERSION: 2\n")

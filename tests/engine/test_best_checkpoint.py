@@ -13,13 +13,13 @@ from tests.helpers import detector_cfg, random_batch
 class ScriptedTrainer(Trainer):
     """Evaluates to what the test says, after every iteration."""
 
-    results: list = []
+    scripted: list = []
 
     def build_train_loader(self):
         return [random_batch((64, 64))] * self.cfg.SOLVER.MAX_ITER
 
     def build_hooks(self):
-        self.recipe.evaluate = lambda model: self.results[min(self.iter, self.cfg.SOLVER.MAX_ITER - 1)]
+        self.recipe.evaluate = lambda model: self.scripted[min(self.iter, self.cfg.SOLVER.MAX_ITER - 1)]
         return [*super().build_hooks(), Marker()]
 
 
@@ -34,7 +34,7 @@ class Marker(HookBase):
 def train(folder, monkeypatch, results, resume=False, until=None, **overrides):
     cfg = detector_cfg("retinanet", **{"SOLVER.BASE_LR": 0.0, "TEST.EVAL_PERIOD": 1, **overrides})
     cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER = str(folder), len(results)
-    monkeypatch.setattr(ScriptedTrainer, "results", results)
+    monkeypatch.setattr(ScriptedTrainer, "scripted", results)
     trainer = ScriptedTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.train()
@@ -70,11 +70,38 @@ def test_a_resumed_run_remembers_the_best(tmp_path, monkeypatch):
     assert resumed.start_iter == 3 and best(tmp_path)[0] == 1
     train(tmp_path, monkeypatch, boxes(1, 7, 2, 6, 8), resume=True)
     assert best(tmp_path) == (4, {"metric": "bbox/AP", "value": 8, "iterations": 5})
-    train(tmp_path, monkeypatch, boxes(3, 2))  # a run that begins anew has a best of its own
+
+
+def test_a_run_that_begins_anew_has_a_best_of_its_own(tmp_path, monkeypatch):
+    train(tmp_path, monkeypatch, boxes(1, 7, 2))
+    train(tmp_path, monkeypatch, boxes(3, 2))
     assert best(tmp_path)[0] == 0
+    assert torch.load(tmp_path / "previous_model_best.pth", weights_only=True)["best"]["value"] == 7
+    train(tmp_path, monkeypatch, boxes(float("nan")))
+    assert not (tmp_path / "model_best.pth").exists()
 
 
-def test_a_best_that_was_killed_while_it_was_written(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_ends_no_training(tmp_path, monkeypatch, caplog):
+    def refuse(path, content):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("distill.engine.hooks.write_file", refuse)
+    logging.getLogger("distill").addHandler(caplog.handler)
+    trainer = train(tmp_path, monkeypatch, boxes(1, 2))
+    logging.getLogger("distill").removeHandler(caplog.handler)
+    assert "The best checkpoint so far cannot be saved: No space left" in caplog.text
+    assert agreed_checkpoint(trainer.checkpointer).endswith("model_final.pth")
+
+
+def test_resuming_never_goes_on_from_the_best(tmp_path, monkeypatch):
+    trainer = train(tmp_path, monkeypatch, boxes(1, 2, 3))
+    for name in ("last_checkpoint", "model_final.pth"):
+        (tmp_path / name).unlink()
+    assert (tmp_path / "model_best.pth").exists() and agreed_checkpoint(trainer.checkpointer) == ""
+    assert set(torch.load(tmp_path / "model_best.pth", weights_only=True)) == {"model", "best"}
+
+
+def test_a_best_that_cannot_be_read(tmp_path, monkeypatch, caplog):
     train(tmp_path, monkeypatch, boxes(9))
     (tmp_path / "model_best.pth").write_bytes(b"half")
     logging.getLogger("distill").addHandler(caplog.handler)
@@ -106,7 +133,7 @@ def test_a_metric_that_no_evaluation_gives_is_one_warning(tmp_path, monkeypatch,
     train(tmp_path, monkeypatch, boxes(1, 2), **{"TEST.BEST_METRIC": "bbox/mAP"})
     train(tmp_path / "none", monkeypatch, [{}, {}])
     logging.getLogger("distill").removeHandler(caplog.handler)
-    records = {id(x) for x in caplog.records if "No best checkpoint was kept" in x.getMessage()}
+    records = {id(x) for x in caplog.records if "No best checkpoint is kept" in x.getMessage()}
     assert len(records) == 1
-    assert "TEST.BEST_METRIC is 'bbox/mAP', which no evaluation gave. Choose one of bbox/AP, bbox/AP50" in caplog.text
+    assert "TEST.BEST_METRIC is 'bbox/mAP', which the evaluation does not give. Choose one of bbox/AP, " in caplog.text
     assert not (tmp_path / "model_best.pth").exists() and not (tmp_path / "none" / "model_best.pth").exists()

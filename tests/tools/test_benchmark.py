@@ -40,6 +40,8 @@ def test_reports_every_part(tmp_path, kind):
     assert all(row["min ms"] <= row["ms"] <= row["max ms"] and row["peak MiB"] > 0 for row in content["rows"])
     assert content["rows"][0]["/ backbone"] == 1 and all(row["/ backbone"] > 0 for row in content["rows"])
     assert content["rows"][1]["/ own step"] == 1 and all(row["operators"] > 10 for row in content["rows"])
+    operators = {row["part"].partition(" (")[0]: row["operators"] for row in content["rows"]}
+    assert operators["full step that measures gradients"] > operators["full step"]
     kept = [row["part"] for row in content["rows"] if row["kept MiB"]]
     assert kept == [f"{name}, forward and backward" for name in names]
     assert f"full step / sum of its parts: {content['ratio']:.3f}" in result.stdout
