@@ -1,4 +1,4 @@
-"""Plots of a suite's lines: AP over iterations, and gain against cost."""
+"""The plot of a suite's lines: gain against cost."""
 
 from pathlib import Path
 
@@ -9,39 +9,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from results import costs, finished, gain, mean_and_error
 from suite import Row, Suite
-
-
-def plot_curves(suite: Suite, lines: list[dict], path: Path) -> None:
-    """AP over iterations, the mean over the seeds with a band of one standard error; the teacher as a line.
-
-    There is a panel for each row that others are compared with.
-
-    Args:
-        suite: the suite.
-        lines: its lines.
-        path: the PNG to write.
-    """
-    panels = _panels(suite, [x for x in suite.rows if x not in suite.teachers and finished(suite, x, lines)])
-    figure, axes = _figure(suite, len(panels))
-    for axis, (baseline, rows) in zip(axes, panels.items()):
-        for row, color in rows:
-            runs = finished(suite, row, lines)
-            curves = [dict(map(tuple, run["curve"])) for run in runs]
-            iterations = sorted(set.intersection(*(set(curve) for curve in curves)))
-            values = np.array([[curve[iteration] for iteration in iterations] for curve in curves])
-            mean = values.mean(0)
-            style = "--" if row.name == baseline else "-"
-            axis.plot(iterations, mean, style, color=color, label=row.name, marker="o", markersize=3)
-            if len(runs) > 1:
-                error = values.std(0, ddof=1) / np.sqrt(len(runs))
-                axis.fill_between(iterations, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-        for teacher in suite.teachers:
-            for run in finished(suite, teacher, lines):
-                axis.axhline(run["AP"], color="black", linewidth=1, label=teacher.name)
-        axis.set_ylabel("AP")
-        _legend(axis)
-    axes[-1].set_xlabel("iteration")
-    _save(figure, path)
 
 
 def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:

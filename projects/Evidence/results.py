@@ -6,6 +6,7 @@ import re
 import statistics
 from pathlib import Path
 
+import yaml
 from suite import HERE, ROOT, Row, Suite, config_hash, load_suite, suite_names
 
 from distill.errors import DistillError
@@ -201,20 +202,52 @@ def document(folder: Path = LINES) -> str:
     for name in suite_names():
         suite, lines = load_suite(name), read_lines(name, folder)
         blocks = [f"## {suite.title}", suite.text.strip(), table(suite, lines).strip()]
-        if any(finished(suite, row, lines) for row in suite.rows):
-            blocks.append(f"![AP over iterations](images/{name}_curves.png)")
         if costs(suite, lines):
             blocks.append(f"![gain against cost](images/{name}_cost.png)")
         blocks += [where(suite, lines), suite.findings.strip()]
         parts.append("\n\n".join(block for block in blocks if block) + "\n")
+    parts.append((HERE / "dropped.md").read_text())
     return "\n".join(parts)
+
+
+def methods_table(folder: Path = LINES) -> str:
+    """The table of all methods in Markdown: their gains in AP in several suites.
+
+    Args:
+        folder: where the lines lie.
+
+    Returns:
+        The table of methods.yaml.
+    """
+    content = yaml.safe_load((HERE / "methods.yaml").read_text())
+    suites = {name: (load_suite(name), read_lines(name, folder)) for name in content["suites"]}
+    ratios = costs(*suites[content["cost"]])
+    headers = ["method", "distiller", "paper", *content["suites"].values(), "cost of a step", "published, COCO AP"]
+    rows = [headers, [*["---"] * 3, *["---:"] * (len(headers) - 4), "---"]]
+    for method in content["methods"]:
+        papers = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in method["papers"])
+        gains = [_gain_of(*suite, method["row"]) for suite in suites.values()]
+        cost = f"{ratios[method['row']]:.2f}" if method["row"] in ratios else ""
+        rows.append([method["name"], f"`{method['distiller']}`", papers, *gains, cost, method["published"]])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def _gain_of(suite: Suite, lines: list[dict], name: str) -> str:
+    """The gain of a row over its baseline; empty where there is no such row, or it was not run."""
+    row = next((row for row in suite.rows if row.name == name), None)
+    baseline = suite.baseline_of(row) if row else None
+    if baseline is None:
+        return ""
+    own, base = ([x["AP"] for x in finished(suite, x, lines)] for x in (row, baseline))
+    return _signed(*gain(own, base)) if own and base else ""
 
 
 def with_tables(text: str, folder: Path = LINES) -> str:
     """A text with today's tables.
 
     Args:
-        text: Markdown, in which a table stands between ``<!-- table SUITE -->`` and ``<!-- end -->``.
+        text: Markdown, in which a table stands between ``<!-- table SUITE -->`` and ``<!-- end -->``; the suite
+            "methods" is :func:`methods_table`.
         folder: where the lines lie.
 
     Returns:
@@ -226,7 +259,8 @@ def with_tables(text: str, folder: Path = LINES) -> str:
 
     def fill(match: re.Match) -> str:
         name = match[2]
-        return f"{match[1]}\n{table(load_suite(name), read_lines(name, folder))}\n{match[3]}"
+        content = methods_table(folder) if name == "methods" else table(load_suite(name), read_lines(name, folder))
+        return f"{match[1]}\n{content}\n{match[3]}"
 
     pattern = r"(<!-- table (\S+) -->\n)(?:(?!<!-- table ).)*?(<!-- end -->)"
     filled, number = re.subn(pattern, fill, text, flags=re.DOTALL)

@@ -32,7 +32,7 @@ import torch
 from cost import measure
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
-from results import LINES, METRICS, costs, finished, is_finished, read_lines, write_documents
+from results import LINES, METRICS, costs, is_finished, read_lines, write_documents
 from suite import ROOT, Row, Suite, config_hash, load_suite, run_config, suite_names
 
 from distill.errors import DistillError
@@ -179,7 +179,7 @@ class Runner:
         arguments = ["--num-gpus", str(self.num_gpus)] if self.num_gpus > 1 else []
         peak = train(str(folder / "run.yaml"), folder, [], show, arguments)
         self.spent.append(time.monotonic() - started)
-        for checkpoint in folder.glob("model_0*.pth"):
+        for checkpoint in (*folder.glob("model_0*.pth"), *folder.glob("model_best.pth")):
             checkpoint.unlink()
         return summarize(folder, peak, cfg)
 
@@ -218,7 +218,7 @@ def summarize(folder: Path, peak_mib: float, cfg: CfgNode) -> dict:
         cfg: its config.
 
     Returns:
-        The metrics of the end, AP over iterations, and what the training took.
+        The metrics of the end, and what the training took.
 
     Raises:
         TrainingFailed: there was no evaluation.
@@ -236,7 +236,6 @@ def summarize(folder: Path, peak_mib: float, cfg: CfgNode) -> dict:
     iterations = cfg.SOLVER.MAX_ITER
     return {
         **{metric: _number(value) for metric, value in last.items()},
-        "curve": [[min(x["iteration"] + 1, iterations), _number(x["bbox/AP"]) or 0.0] for x in scores],
         "iterations": iterations,
         "seconds": round(statistics.fmean(times) * iterations, 1),
         "ms_per_step": round(statistics.median(times) * 1e3, 1),
@@ -319,13 +318,11 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise DistillError(f"--rounds is {args.rounds}: expected 1 or more.")
     if args.plot:
-        from plots import plot_costs, plot_curves  # matplotlib is needed for nothing else
+        from plots import plot_costs  # matplotlib is needed for nothing else
 
         for name in [args.suite] if args.suite else suite_names():
             suite = load_suite(name)
             lines = read_lines(suite.name, args.lines)
-            if any(finished(suite, row, lines) for row in suite.rows):
-                plot_curves(suite, lines, ROOT / "docs" / "images" / f"{suite.name}_curves.png")
             if costs(suite, lines):
                 plot_costs(suite, lines, ROOT / "docs" / "images" / f"{suite.name}_cost.png")
     if args.table:

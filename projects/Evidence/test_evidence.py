@@ -15,6 +15,7 @@ import yaml
 from detectron2.modeling import build_model
 
 from distill.config import CLASS_NODES, detector_config, load_config, student_config
+from distill.distillers import DISTILLER_REGISTRY
 from distill.errors import DistillError
 from distill.modeling.inherit import inheritable_weights
 from tests.helpers import ROOT, detector_cfg, run_script, write_coco
@@ -103,7 +104,6 @@ def test_trains_what_is_missing_records_what_failed_and_repeats_nothing(tmp_path
     assert "exit status 1" in lines[1]["error"] and "AP" not in lines[1]
     last = lines[-1]
     assert last["suite"] == "tiny" and last["iterations"] == 6 and last["AP"] is not None
-    assert [iteration for iteration, _ in last["curve"]] == [3, 6]
     assert last["ms_per_step"] > 0 and last["seconds"] > 0 and last["peak_mib"] > 100
     assert {"git_commit", "detectron2", "torch", "device"} <= last.keys()
     weights = next((tmp_path / "out" / "tiny").glob("teacher*/model_final.pth"))
@@ -146,7 +146,7 @@ def test_summary_of_a_run(tmp_path):
     scores = [{"iteration": 40, "bbox/AP": math.nan, "bbox/AP50": math.nan}, {"iteration": 19, "bbox/AP": 3.21987}]
     with (tmp_path / "metrics.json").open("a") as stream:
         stream.writelines(json.dumps(x) + "\n" for x in scores)
-    expected = {"AP": 0.0, "AP50": 0.0, "AP75": None, "APs": None, "APm": None, "curve": [[20, 3.22], [40, 0.0]]}
+    expected = {"AP": 0.0, "AP50": 0.0, "AP75": None, "APs": None, "APm": None}
     expected |= {"iterations": 40, "seconds": 12.0, "ms_per_step": 300.0, "peak_mib": 100.0}
     assert summarize(tmp_path, 100.0, cfg) == expected
 
@@ -244,15 +244,10 @@ def test_plots_are_drawn_from_the_lines(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(figure.axes))
     suite = load_suite(write_suite(tmp_path, seeds=2))
-    lines = [line(suite, "alone", seed, 30.0 + seed, curve=[[1, 10.0], [2, 30.0 + seed]]) for seed in range(2)]
-    lines.append(line(suite, "imitation", 0, 35.0, curve=[[1, 12.0], [2, 35.0]]))
-    lines += [line(suite, "teacher", None, 50.0, curve=[[2, 50.0]]), cost_line(suite, alone=1.0, imitation=1.3)]
-    plots.plot_curves(suite, lines, tmp_path)
+    lines = [line(suite, "alone", seed, 30.0 + seed) for seed in range(2)]
+    lines += [line(suite, "imitation", 0, 35.0), cost_line(suite, alone=1.0, imitation=1.3)]
     plots.plot_costs(suite, lines, tmp_path)
-    curves = {x.get_label(): x.get_xydata().tolist() for x in drawn[0].lines}
-    assert curves["alone"] == [[1, 10.0], [2, 30.5]] and curves["imitation"] == [[1, 12.0], [2, 35.0]]
-    assert [y for _, y in curves["teacher"]] == [50.0, 50.0]
-    points = {bar.get_label(): bar.lines[0].get_xydata().tolist() for bar in drawn[1].containers}
+    points = {bar.get_label(): bar.lines[0].get_xydata().tolist() for bar in drawn[0].containers}
     assert points == {"alone": [[1.0, 0.0]], "imitation": [[1.3, 4.5]]}
 
 
@@ -266,28 +261,24 @@ def test_rows_that_have_another_baseline_have_a_panel_of_their_own(tmp_path, mon
     other = dataclasses.replace(suite.row("imitation"), name="long_imitation", baseline="long")
     suite = dataclasses.replace(suite, rows=(*suite.rows, row, other), hashes={})
     results_of = {"alone": 30.0, "imitation": 35.0, "long": 32.0, "long_imitation": 36.5}
-    lines = [line(suite, name, 0, ap, curve=[[2, ap]]) for name, ap in results_of.items()]
+    lines = [line(suite, name, 0, ap) for name, ap in results_of.items()]
     lines.append(cost_line(suite, alone=1.0, imitation=1.3, long=0.9, long_imitation=1.4))
-    plots.plot_curves(suite, lines, tmp_path)
     plots.plot_costs(suite, lines, tmp_path)
-    expected = [{"alone": 30.0, "imitation": 35.0, "long": 32.0}, {"long": 32.0, "long_imitation": 36.5}]
-    assert [{x.get_label(): x.get_ydata()[0] for x in axis.lines} for axis in drawn[0]] == expected
     expected = [
         {"alone": [1.0, 0.0], "imitation": [1.3, 5.0], "long": [0.9, 2.0]},
         {"long": [1.0, 0.0], "long_imitation": [1.4, 4.5]},
     ]
-    points = [{x.get_label(): x.lines[0].get_xydata().tolist()[0] for x in axis.containers} for axis in drawn[1]]
+    points = [{x.get_label(): x.lines[0].get_xydata().tolist()[0] for x in axis.containers} for axis in drawn[0]]
     assert points == expected
-    plots.plot_curves(suite, [line(suite, "teacher", None, 50.0, curve=[[2, 50.0]])], tmp_path)
-    assert [len(axis.lines) for axis in drawn[2]] == [1]
 
 
 def test_plots_are_written(tmp_path):
     import plots
 
     suite = load_suite(write_suite(tmp_path))
-    plots.plot_curves(suite, [line(suite, "alone", 0, 30.0, curve=[[1, 10.0]])], tmp_path / "images" / "curves.png")
-    assert (tmp_path / "images" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    lines = [line(suite, "alone", 0, 30.0), cost_line(suite, alone=1.0)]
+    plots.plot_costs(suite, lines, tmp_path / "images" / "cost.png")
+    assert (tmp_path / "images" / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_where_features_vary_is_what_a_literal_computation_says():
@@ -336,7 +327,31 @@ def test_the_documents_are_what_the_lines_say():
     assert (ROOT / "docs" / "results.md").read_text() == results.document()
     readme = (ROOT / "README.md").read_text()
     assert readme == results.with_tables(readme)
-    assert results.table(load_suite("demo"), results.read_lines("demo")) in readme
+    assert results.methods_table() in readme
+
+
+def test_the_table_of_methods_has_the_gain_of_each_in_each_suite(tmp_path):
+    content = yaml.safe_load((HERE / "methods.yaml").read_text())
+    rows = {}
+    for number, name in enumerate(content["suites"]):
+        suite = load_suite(name)
+        lines = [line(suite, "student", seed, 30.0 + seed) for seed in range(2)]
+        lines += [line(suite, "review", seed, 35.0 + number + 2 * seed) for seed in range(2)]
+        lines.append(cost_line(suite, student=1.0, review=1.25 + number))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        rows[name] = {row.name for row in suite.rows}
+    head, _, *table = results.methods_table(tmp_path).splitlines()
+    cells = {row.split(" | ")[0].strip("| "): [x.strip() for x in row.split("|")[4:-1]] for row in table}
+    # means 30.5 and 36 + n; deviations 0.707 and 1.414, divided by the root of two seeds
+    gains = [f"{5.5 + number:+.1f} ± 1.1" for number in range(2)]
+    assert list(rows) == ["digits_dense", "bccd"] and content["cost"] == "digits_dense"
+    assert cells["knowledge review (ReviewKD)"] == [*gains, "1.25", "Faster R-CNN R18 33.3 → 36.8"]
+    assert cells["imitation by a norm"] == [""] * 4
+    assert head.split("|")[4:6] == [f" {title} " for title in content["suites"].values()]
+    shown = {method["row"] for method in content["methods"]}
+    assert shown <= set().union(*rows.values()) | {"aligned"}
+    registered = {method["distiller"] for method in content["methods"]}
+    assert registered == {name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("distill.")}
 
 
 def test_tables_in_a_text_are_written_anew(tmp_path):
