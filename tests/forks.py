@@ -67,6 +67,7 @@ def _run(args: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: st
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
         os.close(file)
+    multiprocessing.set_start_method(None, force=True)  # the server's is forkserver, for workers of data loaders, too
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -221,7 +221,7 @@ def script_environment() -> dict[str, str]:
 def run_script(*args: str, cwd: Path = ROOT, timeout: int = 1200, **env: str) -> subprocess.CompletedProcess:
     """Runs a script of the project as a user does; another, or a module, in a Python of its own."""
     env = {**script_environment(), **env}
-    if cwd == ROOT and args[0].endswith(".py"):
+    if cwd == ROOT and args[0].endswith(".py") and not Path(args[0]).is_absolute():
         return run_in_fork(list(args), cwd, timeout, env)
     return subprocess.run(
         [sys.executable, *args],
