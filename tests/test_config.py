@@ -55,6 +55,8 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         (["SOLVER.STEPS", "60k"], "SOLVER.STEPS"),
         (["DISTILL.DISTILLERS", "5"], "DISTILL.DISTILLERS"),
         (["DISTILL.DISTILLERS", "[review, structural]"], "DISTILL.DISTILLERS"),
+        (["MODEL.RPN.IN_FEATURES", "[p2, p3]"], "MODEL.RPN.IN_FEATURES"),
+        (["MODEL.FPN.NORM", False], "MODEL.FPN.NORM"),
         (["DISTILL.IMPORTS", "['name'"], "DISTILL.IMPORTS is .*: expected a list of modules"),
         (["DISTILL.IMPORTS", "no_such_module"], "names the module 'no_such_module', which cannot be imported"),
     ],

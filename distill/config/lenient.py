@@ -63,7 +63,9 @@ def _fit_value(key: str, value: Any, default: Any) -> Any:
 
 def _is_one_of(value: Any, default: Sequence[Any]) -> bool:
     """Whether a value can be an element of a list with this default: lists that are empty are of names."""
-    if isinstance(value, str) and (value == "" or not default):
-        return not value.startswith(("[", "("))  # a list that cannot be read
+    if isinstance(value, str) and value.startswith(("[", "(")):
+        return False  # a list that cannot be read
+    if value == "" or (isinstance(value, str) and not default):
+        return True
     kinds = {type(element) for element in default} & {str, int, float}
     return type(value) in kinds or (type(value) is int and float in kinds)

@@ -129,11 +129,12 @@ def _check_image(record: dict, header: Header, faults: list[Fault], notes: dict,
         if given != stored:
             faults.append(Fault("size differs", record, file))
             return False
-        for annotation in record["annotations"]:
+        for annotation in list(record["annotations"]):
             try:
                 _turn(annotation, header)
-            except ValueError:
+            except ValueError:  # of its mask
                 faults.append(Fault("mask unreadable", record, file))
+                record["annotations"].remove(annotation)
         notes["are rotated by their EXIF tag"].append(file)
     if header.needs:
         notes[_NOTES[header.needs]].append(file)

@@ -87,19 +87,27 @@ def save_after_failure(trainer: Trainer) -> None:
 
 
 def write_file(path: str, content: Any) -> None:
-    """Writes a file, which whoever is killed meanwhile leaves as it was.
+    """Writes a file beside and renames it, so that a process that is killed meanwhile leaves the old one as it was.
 
     Args:
         path: of the file.
         content: text, or what ``torch.save`` takes.
+
+    Raises:
+        OSError: it cannot be written; a full disk may be a RuntimeError of ``torch.save``.
     """
     temporary = f"{path}.{comm.get_rank()}.tmp"
-    if isinstance(content, str):
-        with open(temporary, "w") as f:
-            f.write(content)
-    else:
-        torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        if isinstance(content, str):
+            with open(temporary, "w") as f:
+                f.write(content)
+        else:
+            torch.save(content, temporary)
+        os.replace(temporary, path)
+    except Exception:  # half a file would fill what is left of the disk
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def is_finite(state: dict[str, Any]) -> bool:

@@ -133,6 +133,18 @@ def test_boxes_and_masks_turn_with_a_rotated_image(tmp_path, orientation, stored
         assert np.array_equal(mask_util.decode(second), upright[..., 0] // 255)
 
 
+def test_a_mask_that_cannot_be_turned_is_one_fault(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (W, H)).save(tmp_path / "a.png", exif=exif)
+    bad = {"size": [H, W], "counts": "@@@"}
+    annotation = {"id": 1, "image_id": 3, "category_id": 7, "bbox": [4, 6, 16, 10], "segmentation": bad}
+    images = [{"id": 3, "file_name": "a.png", "width": W, "height": H}]
+    (tmp_path / "coco.json").write_text(json.dumps(coco(images=images, annotations=[annotation])))
+    with pytest.raises(DistillError, match="faults:\n  1 run-length encoded masks cannot be decoded: .*a.png\nMend"):
+        check_source("x", read_coco("x", f"{tmp_path}/coco.json", str(tmp_path)))
+
+
 def test_headers_are_read_again_when_a_file_changed(tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     draw(tmp_path / "a.png")

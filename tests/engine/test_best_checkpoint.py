@@ -1,6 +1,7 @@
 """model_best.pth."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,15 +83,21 @@ def test_a_run_that_begins_anew_has_a_best_of_its_own(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_ends_no_training(tmp_path, monkeypatch, caplog):
-    def refuse(path, content):
-        raise OSError("No space left on device")
+    save = torch.save
 
-    monkeypatch.setattr("distill.engine.hooks.write_file", refuse)
+    def refuse(content, file, *args, **more):
+        if "model_best.pth" not in str(file):
+            return save(content, file, *args, **more)
+        Path(file).write_bytes(b"half")
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", refuse)
     logging.getLogger("distill").addHandler(caplog.handler)
     trainer = train(tmp_path, monkeypatch, boxes(1, 2))
     logging.getLogger("distill").removeHandler(caplog.handler)
     assert "The best checkpoint so far cannot be saved: No space left" in caplog.text
     assert agreed_checkpoint(trainer.checkpointer).endswith("model_final.pth")
+    assert not list(tmp_path.glob("model_best*"))
 
 
 def test_resuming_never_goes_on_from_the_best(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from distill.errors import DistillError
 from distill.export import load_deployed
 from distill.recipes import LazyRecipe
 from tests.export.test_files import THRESHOLDS, finding_detector
@@ -137,6 +138,25 @@ def test_a_wrong_file_is_an_error(tmp_path, tool, monkeypatch, name):
     with pytest.raises(SystemExit, match=r"error: .* of a score; expected at most 0.001. .*do not deploy.* is now .*"):
         tool.run(*arguments, "--format", name)
     assert [x.name for x in (tmp_path / "out").iterdir() if x.is_file()] == [f"rejected_{file}"]
+
+
+def test_a_file_that_cannot_be_loaded_is_set_aside(tmp_path, tool, monkeypatch):
+    arguments = write_trained(tmp_path)
+    monkeypatch.setitem(tool.FILES, "onnx", ("model.onnx", lambda model, image, path, about: path.write_bytes(b"half")))
+    with pytest.raises(SystemExit, match="cannot be loaded as ONNX: .* The file is now .*rejected_model.onnx"):
+        tool.run(*arguments, "--format", "onnx")
+    assert [x.name for x in (tmp_path / "out").iterdir() if x.is_file()] == ["rejected_model.onnx"]
+
+
+def test_what_says_nothing_about_the_file_leaves_it_its_name(tmp_path, tool, monkeypatch):
+    def fail(*args, **settings):
+        raise DistillError("A test image cannot be read.")
+
+    arguments = write_trained(tmp_path)
+    monkeypatch.setattr(tool, "evaluate_both", fail)
+    with pytest.raises(SystemExit, match="error: A test image cannot be read.$"):
+        tool.run(*arguments, "--format", "torchscript", "--evaluate")
+    assert [x.name for x in (tmp_path / "out").iterdir() if x.is_file()] == ["model.ts"]
 
 
 def test_a_file_with_another_ap_is_an_error(tmp_path, tool, monkeypatch):
