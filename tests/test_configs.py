@@ -15,7 +15,7 @@ CONFIGS = sorted(
     path
     for folder in ("configs", "projects")
     for path in (ROOT / folder).rglob("*.yaml")
-    if not path.name.startswith("Base") and path.parent.name != "suites"
+    if not path.name.startswith("Base") and "Evidence" not in path.parts  # whose yaml files are tables
 )
 METHODS = ("review", "structural", "global", "aligned", "fgd", "mgd", "cwd", "pearson", "crosskd", "logit")
 # folders and last words of configs without distillation
