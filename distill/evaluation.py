@@ -35,6 +35,7 @@ _TYPES = {
     "sem_seg": (),
     "coco_panoptic_seg": ("panopticapi",),
 }
+_SOURCES = {"panopticapi": "git+https://github.com/cocodataset/panopticapi.git"}  # it is in no package index
 
 
 def check_evaluators(names: Sequence[str]) -> None:
@@ -55,7 +56,10 @@ def check_evaluators(names: Sequence[str]) -> None:
             )
         for package in _TYPES[kind]:
             if importlib.util.find_spec(package) is None:
-                raise DistillError(f"To evaluate on {name} ({kind}), install the package {package}.")
+                raise DistillError(
+                    f"To evaluate on {name} ({kind}), install the package {package}: "
+                    f"pip install {_SOURCES.get(package, package)}"
+                )
 
 
 def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:

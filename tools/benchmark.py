@@ -116,6 +116,17 @@ def convolutions_of(distiller: nn.Module, run: Callable[[], None]) -> list[tuple
     return calls
 
 
+def _with_gradients(outputs: object) -> object:
+    """The same nested lists and dicts, whose tensors take gradients, as those of a step do."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.detach().requires_grad_(outputs.is_floating_point())
+    if isinstance(outputs, dict):
+        return {key: _with_gradients(value) for key, value in outputs.items()}
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(_with_gradients(value) for value in outputs)
+    return outputs
+
+
 def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
     """The parts of a step, and the whole, as functions to time. The size of the images counts where the config has
     none.
@@ -154,7 +165,8 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> tuple[dict[str, 
         own_images = student.preprocess_image(own_batch).tensor
         own = student.backbone(own_images)
         student(own_batch)
-        outputs = {name: tap.take()[1] for name, tap in model._taps.items()}
+        recorded = {name: tap.take()[1] for name, tap in model._taps.items()}
+    outputs = _with_gradients(recorded)
 
     kept: dict[str, float] = {}
 

@@ -141,7 +141,10 @@ class Trainer(TrainerBase):
         try:
             self.results = self.recipe.evaluate(self.model)
         except Exception as error:  # of an evaluator, of a data set
-            reason = str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
+            reason = str(error)
+            if not isinstance(error, DistillError):
+                reason = f"{type(error).__name__}: {error}"
+                logger.exception("The evaluation failed:")  # where, which one line cannot say
             raise DistillError(
                 f"The evaluation after iteration {self.iter} failed: {reason} What was learned is safe in "
                 f"{self.cfg.OUTPUT_DIR}: mend the cause, then evaluate by --eval-only --resume, or go on by --resume."

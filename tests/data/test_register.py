@@ -96,7 +96,11 @@ def test_a_test_set_without_an_evaluator_is_refused(tmp_path):
         check_evaluators(cfg.DATASETS.TEST)
     MetadataCatalog.remove("a")
     MetadataCatalog.get("a").set(thing_classes=["cell"], evaluator_type="cityscapes_instance")
-    with pytest.raises(DistillError, match="install the package cityscapesscripts"):
+    with pytest.raises(DistillError, match="install the package cityscapesscripts: pip install cityscapesscripts$"):
+        check_evaluators(cfg.DATASETS.TEST)
+    MetadataCatalog.remove("a")
+    MetadataCatalog.get("a").set(thing_classes=["cell"], evaluator_type="coco_panoptic_seg")
+    with pytest.raises(DistillError, match="install the package panopticapi: pip install git[+]https://github.com/"):
         check_evaluators(cfg.DATASETS.TEST)
 
 
