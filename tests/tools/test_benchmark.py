@@ -11,10 +11,18 @@ from torch import nn
 from tests.helpers import ROOT, aligned_cfg, detector_cfg, distillation_cfg, run_script, write_teacher
 
 
-@pytest.mark.parametrize("kind", ["mask_rcnn", "fcos"])
-def test_reports_every_part(tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind, other",
+    [
+        ("mask_rcnn", "GlobalKnowledgeDistiller"),
+        ("fcos", "GlobalKnowledgeDistiller"),
+        ("retinanet", "LogitDistiller"),  # whose loss is of the head's outputs alone
+    ],
+)
+def test_reports_every_part(tmp_path, kind, other):
     size = {"INPUT.MIN_SIZE_TRAIN": [64], "INPUT.MAX_SIZE_TRAIN": 96, "SOLVER.IMS_PER_BATCH": 2}
-    names = ["ReviewDistiller", "GlobalKnowledgeDistiller"]
+    names = ["ReviewDistiller", other]
+    with_convolutions = [name for name in names if name != "LogitDistiller"]
     teacher = write_teacher(tmp_path, detector_cfg(kind))
     cfg = distillation_cfg(detector_cfg(kind, **size), teacher, **{"DISTILL.DISTILLERS": names})
     (tmp_path / "teacher.pth").unlink()  # weights play no part in the time
@@ -31,7 +39,7 @@ def test_reports_every_part(tmp_path, kind):
         "teacher's forward",
         *(f"{name}, forward and backward" for name in names),
         "full step",
-        *(f"convolutions of {name}, forward and backward" for name in names),
+        *(f"convolutions of {name}, forward and backward" for name in with_convolutions),
         "full step that measures gradients (every 50 iterations)",
         "teacher's forward in float32",
         "teacher's forward in bfloat16",
