@@ -4,7 +4,8 @@
     python projects/Evidence/features.py --config-file output/evidence/.../config.yaml MODEL.WEIGHTS WEIGHTS
 
 For each level of the FPN, over the first images of DATASETS.TRAIN: the variance (around each channel's mean) of the
-cells that touch a ground-truth box and of the others, and how much of the whole variance lies along one direction.
+cells that touch a ground-truth box and of the others, and how much of the whole variance lies along one direction, and
+between images (the variance of an image's mean).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from distill.losses import region_weights
 from distill.modeling.checkpoint import load_detector
 
 
-def describe(features: Tensor, inside: Tensor) -> tuple[float, float, float]:
+def describe(features: Tensor, inside: Tensor) -> tuple[float, float, float, float]:
     """Where the variance of a level is.
 
     Args:
@@ -30,8 +31,8 @@ def describe(features: Tensor, inside: Tensor) -> tuple[float, float, float]:
         inside: ``Tensor[N, H, W]``, bool: the cells that touch an object.
 
     Returns:
-        The mean square around the channels' means of the cells inside and of those outside, and the first principal
-        component's share of the variance.
+        The mean square around the channels' means of the cells inside and of those outside, and of the variance the
+        share of the first principal component, and that of the images' means.
     """
     cells = features.double().permute(0, 2, 3, 1)
     cells = cells - cells.mean((0, 1, 2))
@@ -42,6 +43,7 @@ def describe(features: Tensor, inside: Tensor) -> tuple[float, float, float]:
         cells[inside].square().mean().item(),
         cells[outside].square().mean().item(),
         (variances[-1] / variances.sum()).item(),
+        (cells.mean((1, 2)).square().mean() / cells.square().mean()).item(),
     )
 
 
@@ -66,7 +68,7 @@ def main() -> None:
         level = features[name].cpu()
         inside = region_weights(boxes, level.shape[-2:], shape.stride, "boxes")[:, 0] > 0
         rows.append([name, inside.double().mean().item(), *describe(level, inside)])
-    headers = ["level", "share of cells on objects", "variance there", "variance elsewhere", "first component"]
+    headers = ["level", "share of cells on objects", "variance there", "variance elsewhere", "first component", "between images"]
     print(tabulate(rows, headers, tablefmt="pipe", floatfmt=".2f"))
 
 

@@ -292,6 +292,8 @@ def test_where_features_vary_is_what_a_literal_computation_says():
     mean = np.mean(cells[True] + cells[False], axis=0)
     values = np.linalg.svd(np.array(cells[True] + cells[False]) - mean, compute_uv=False) ** 2
     expected = [np.mean((np.array(cells[side]) - mean) ** 2) for side in (True, False)] + [values[0] / values.sum()]
+    images = np.array([[channel.mean() for channel in image] for image in features.double().numpy()])
+    expected.append(np.mean((images - mean) ** 2) / (values.sum() / 120))  # 2 images of 3 channels of 4 x 5 cells
     assert describe(features, inside) == pytest.approx(expected, rel=1e-6)
 
 
