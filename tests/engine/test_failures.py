@@ -1,5 +1,6 @@
 """What goes wrong in one process of several, or in the midst of a training, costs as little as it can."""
 
+import logging
 import math
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,7 +268,7 @@ def test_a_model_on_the_cpu_of_a_machine_with_gpus_does_not_start_nccl(monkeypat
         launch_module(print, args, "cuda")
 
 
-def test_an_evaluation_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch):
+def test_an_evaluation_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch, caplog):
     trainer = OneBatchTrainer(write_cfg(tmp_path))
 
     def fail(model):
@@ -274,6 +276,8 @@ def test_an_evaluation_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(tm
 
     monkeypatch.setattr(trainer.recipe, "evaluate", fail)
     trainer.resume_or_load(resume=False)
+    monkeypatch.setattr(logging.getLogger("distill"), "propagate", True)
     with pytest.raises(DistillError, match="KeyError: 'a file of the evaluator' What was learned is safe"):
         trainer.train()
+    assert Path(__file__).name in caplog.text and "in fail" in caplog.text  # the traceback
     assert torch.load(trainer.checkpointer.get_checkpoint_file())["iteration"] == trainer.max_iter - 1
