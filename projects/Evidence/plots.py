@@ -32,7 +32,7 @@ def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
             ratio = 1.0 if is_baseline else ratios[row.name]
             axis.errorbar(ratio, value, yerr=error, fmt="o", capsize=3, color=color, label=row.name)
         axis.axhline(0, color="gray", linewidth=0.8)
-        axis.set_ylabel(f"gain in AP over {baseline}")
+        axis.set_ylabel(f"gain in AP over\n{baseline}")
         _legend(axis)
     axes[-1].set_xlabel("cost of a step, relative to the baseline's")
     _save(figure, path)
@@ -54,7 +54,7 @@ def _panels(suite: Suite, rows: list[Row]) -> dict[str, list[tuple[Row, tuple[fl
 
 
 def _figure(suite: Suite, num_panels: int) -> tuple[plt.Figure, list[plt.Axes]]:
-    height = 4.5 if num_panels == 1 else 3.6 * num_panels
+    height = 4.5 if num_panels == 1 else 1.9 * num_panels
     figure, axes = plt.subplots(num_panels, figsize=(8.5, height), sharex=True, sharey=True, squeeze=False)
     axes[0, 0].set_title(suite.title)
     return figure, list(axes[:, 0])

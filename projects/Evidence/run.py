@@ -129,7 +129,7 @@ class Runner:
         baselines = {row.name: other.name for row in suite.rows if (other := suite.baseline_of(row))}
         if not baselines:
             raise DistillError(f"The suite {suite.name} names no baseline, which costs are relative to.")
-        baselines.update({name: name for name in baselines.values()})
+        baselines = {**{name: name for name in baselines.values()}, **baselines}  # a baseline may have one of its own
         configs = {name: self._config(suite.row(name), 0) for name in baselines}
         for cfg in configs.values():
             cfg.OUTPUT_DIR = str(self.output / "cost")

@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import results  # noqa: E402
+import run  # noqa: E402
 from features import describe  # noqa: E402
 from run import FolderInUse, Runner, TrainingFailed, summarize, train  # noqa: E402
 from suite import config_hash, load_suite, run_config, suite_names  # noqa: E402
@@ -228,6 +229,14 @@ def test_several_trainings_of_a_teacher_are_told(tmp_path):
     assert "learned from" not in results.where(suite, lines)
     lines.append(line(suite, "imitation", 2, 30.0, teacher_sha256="b"))
     assert "Students have learned from 2 trainings of teacher." in results.where(suite, lines)
+
+
+def test_a_baseline_is_timed_against_its_own(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(run, "measure", lambda configs, baselines, rounds: seen.update(baselines) or {})
+    monkeypatch.chdir(ROOT)
+    Runner(load_suite("digits_aligned"), tmp_path, "cpu", tmp_path, 1).cost(1)
+    assert seen["aligned"] == "inherit" and seen["inherit"] == "student" and seen["student"] == "student"
 
 
 def test_costs_of_another_config_do_not_show(tmp_path):
