@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from detectron2.modeling import build_model
 
@@ -24,8 +23,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import results  # noqa: E402
-import run  # noqa: E402
-from features import describe  # noqa: E402
 from run import FolderInUse, Runner, TrainingFailed, summarize, train  # noqa: E402
 from suite import config_hash, load_suite, run_config, suite_names  # noqa: E402
 
@@ -233,7 +230,7 @@ def test_several_trainings_of_a_teacher_are_told(tmp_path):
 
 def test_a_baseline_is_timed_against_its_own(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(run, "measure", lambda configs, baselines, rounds: seen.update(baselines) or {})
+    monkeypatch.setattr("run.measure", lambda configs, baselines, rounds: seen.update(baselines) or {})
     monkeypatch.chdir(ROOT)
     Runner(load_suite("digits_aligned"), tmp_path, "cpu", tmp_path, 1).cost(1)
     assert seen["aligned"] == "inherit" and seen["inherit"] == "student" and seen["student"] == "student"
@@ -288,22 +285,6 @@ def test_plots_are_written(tmp_path):
     lines = [line(suite, "alone", 0, 30.0), cost_line(suite, alone=1.0)]
     plots.plot_costs(suite, lines, tmp_path / "images" / "cost.png")
     assert (tmp_path / "images" / "cost.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_where_features_vary_is_what_a_literal_computation_says():
-    features, inside = (
-        torch.randn(2, 3, 4, 5) * torch.tensor([1.0, 4.0, 0.5])[:, None, None] + 7,
-        torch.rand(2, 4, 5) > 0.6,
-    )
-    cells = {True: [], False: []}
-    for n, y, x in np.ndindex(2, 4, 5):
-        cells[inside[n, y, x].item()].append(features[n, :, y, x].double().numpy())
-    mean = np.mean(cells[True] + cells[False], axis=0)
-    values = np.linalg.svd(np.array(cells[True] + cells[False]) - mean, compute_uv=False) ** 2
-    expected = [np.mean((np.array(cells[side]) - mean) ** 2) for side in (True, False)] + [values[0] / values.sum()]
-    images = np.array([[channel.mean() for channel in image] for image in features.double().numpy()])
-    expected.append(np.mean((images - mean) ** 2) / (values.sum() / 120))  # 2 images of 3 channels of 4 x 5 cells
-    assert describe(features, inside) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", suite_names())
