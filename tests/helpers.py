@@ -23,6 +23,11 @@ from .forks import run_in_fork
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+FULL_WIDTH = {  # of detector_cfg's ResNet from depth 50 on, which is narrow otherwise
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 256,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+}
 DETECTORS = ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "retinanet", "fcos"]
 NUM_CLASSES = 3
 
@@ -37,23 +42,28 @@ def set_all(cfg: CfgNode, values: dict) -> None:
         node[leaf] = value
 
 
-def detector_cfg(kind: str, depth: int = 18, channels: int = 16, **overrides) -> CfgNode:
-    """The plain config of a small detector of one of DETECTORS, on the CPU."""
+def detector_cfg(kind: str, depth: int = 50, channels: int = 16, **overrides) -> CfgNode:
+    """The plain config of a small detector of one of DETECTORS, on the CPU. From depth 50 on it has a 16th of ResNet's
+    channels, which Detectron2 does not offer for 18 and 34."""
     cfg = get_cfg()
     add_distill_config(cfg)
     dense = kind in ("retinanet", "fcos")
     levels = ["p3", "p4", "p5", "p6", "p7"] if dense else ["p2", "p3", "p4", "p5", "p6"]
     stages = ["res3", "res4", "res5"] if dense else ["res2", "res3", "res4", "res5"]
+    narrow = depth >= 50
     set_all(
         cfg,
         {
             "MODEL.DEVICE": "cpu",
+            "MODEL.PIXEL_STD": [580.0, 570.0, 570.0],  # a random ResNet enlarges what it gets
             "MODEL.META_ARCHITECTURE": {"retinanet": "RetinaNet", "fcos": "FCOS"}.get(kind, "GeneralizedRCNN"),
             "MODEL.MASK_ON": kind == "mask_rcnn",
             "MODEL.BACKBONE.NAME": f"build_{'retinanet_' if dense else ''}resnet_fpn_backbone",
             "MODEL.BACKBONE.FREEZE_AT": 0,
             "MODEL.RESNETS.DEPTH": depth,
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+            "MODEL.RESNETS.STEM_OUT_CHANNELS": 16 if narrow else 64,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": 16 if narrow else 64,
+            "MODEL.RESNETS.WIDTH_PER_GROUP": 4 if narrow else 64,
             "MODEL.RESNETS.NORM": "FrozenBN",
             "MODEL.RESNETS.OUT_FEATURES": stages,
             "MODEL.FPN.IN_FEATURES": stages,
@@ -95,7 +105,6 @@ def aligned_cfg(kind: str, at: str = "teacher", **overrides) -> CfgNode:
     levels = [f"p{level}" for level in range(first, first + 5)]
     stages = ["res2", "res3", "res4", "res5"]
     values = {
-        "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],
         "MODEL.RESNETS.OUT_FEATURES": stages,
         "MODEL.FPN.IN_FEATURES": stages,
         "MODEL.RPN.IN_FEATURES": levels,

@@ -220,7 +220,7 @@ def real_data_arguments(folder, kind, **overrides):
             "INPUT.MIN_SIZE_TRAIN": [160],
             "INPUT.MIN_SIZE_TEST": 160,
             "SOLVER.MAX_ITER": 4,
-            "MODEL.RESNETS.NORM": "GN",  # random weights without a norm that works at once diverge
+            "MODEL.RESNETS.NORM": "BN",  # random weights without a norm that works at once diverge
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST": -1.0,  # an untrained model is sure of nothing
             **overrides,
         },

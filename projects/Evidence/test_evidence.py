@@ -50,7 +50,6 @@ def write_suite(folder, **changes):
         "DATASETS.REGISTER": [f"tiny=coco:{folder}/data/instances.json:{folder}/data"],
         "DATASETS.TRAIN": ["tiny"],
         "DATASETS.TEST": ["tiny"],
-        "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],
         "SOLVER.BASE_LR": 0.0001,
         "INPUT.MIN_SIZE_TRAIN": [32],
         "INPUT.MIN_SIZE_TEST": 32,

@@ -19,7 +19,6 @@ def test_objects_are_gathered_under_torchrun_on_cuda():
 ALL_PROPOSALS = {
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 2000,
     "MODEL.RPN.NMS_THRESH": 1.0,
-    "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],  # small deltas: no proposal is moved out of its image
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 500,
     "SOLVER.BASE_LR": 0.01,
     "SOLVER.WARMUP_ITERS": 0,

@@ -39,7 +39,7 @@ WORKER = "tests/engine/failure_worker.py"
 def write_cfg(folder, **overrides):
     student = detector_cfg(
         "faster_rcnn",
-        **{"SOLVER.MAX_ITER": 6, "SOLVER.BASE_LR": 1e-4, "MODEL.RESNETS.NORM": "GN", "OUTPUT_DIR": str(folder / "out")},
+        **{"SOLVER.MAX_ITER": 6, "SOLVER.BASE_LR": 1e-4, "MODEL.RESNETS.NORM": "BN", "OUTPUT_DIR": str(folder / "out")},
     )
     teacher = write_teacher(folder, detector_cfg("faster_rcnn"))
     cfg = distillation_cfg(student, teacher, **{"DISTILL.DISTILLERS": ["ImitationDistiller"], **overrides})

@@ -15,6 +15,7 @@ def shrink_resnet(model, norm="FrozenBN"):
     stages.pop("stride_in_1x1", None)
     stages.norm = model.backbone.bottom_up.stem.norm = norm
     model.backbone.bottom_up.freeze_at = 0
+    model.pixel_std = [58.0, 57.0, 57.0]  # a random ResNet enlarges what it gets
 
 
 def shrink_rcnn(model, channels=CHANNELS, classes=CLASSES):

@@ -64,15 +64,16 @@ VARIANTS = {
     "LogitDistiller": {"dkd": {"LOGIT": {"KIND": "DKD"}}},
 }
 DENSE_VARIANTS = {"LogitDistiller": {"bckd": {"LOGIT": {"KIND": "BCKD"}}}}
+SHALLOW = {"depth": 18}  # each operation takes long on tensors without data, however small they are
 
 
 def build(folder: Path, kind: str, distillers: list[str], half_size: bool = False, **overrides) -> nn.Module:
     """A model with prototypes in its bank."""
     if half_size:
-        student, teacher = aligned_cfg(kind, "half"), aligned_cfg(kind)
+        student, teacher = aligned_cfg(kind, "half", **SHALLOW), aligned_cfg(kind, **SHALLOW)
         overrides.update({"DISTILL.STUDENT.INPUT_SCALE": 0.5, "INPUT.MIN_SIZE_TEST": 400, "INPUT.MAX_SIZE_TEST": 667})
     else:
-        student, teacher = detector_cfg(kind), detector_cfg(kind, channels=24)
+        student, teacher = detector_cfg(kind, **SHALLOW), detector_cfg(kind, channels=24, **SHALLOW)
     overrides = {"DISTILL.DISTILLERS": distillers, "DISTILL.GRADIENT_LOG_PERIOD": 0, **overrides}
     model = build_model(distillation_cfg(student, write_teacher(folder, teacher), **overrides)).train()
     for bank in (x for x in model.modules() if isinstance(x, PrototypeBank)):

@@ -81,7 +81,7 @@ def test_teacher_features_are_bit_for_bit_those_of_plain_detectron2(tmp_path, ki
 
 def test_teacher_may_differ_in_channel_order_normalisation_depth_channels_and_family(tmp_path):
     teacher_cfg = detector_cfg(
-        "faster_rcnn", depth=34, channels=24, **{"INPUT.FORMAT": "RGB", "MODEL.PIXEL_STD": [58.0, 57.0, 56.0]}
+        "faster_rcnn", depth=101, channels=24, **{"INPUT.FORMAT": "RGB", "MODEL.PIXEL_STD": [58.0, 57.0, 56.0]}
     )
     overrides = write_teacher(tmp_path, teacher_cfg)
     model = build_model(distillation_cfg(detector_cfg("retinanet"), overrides)).train()
@@ -195,7 +195,7 @@ def test_teacher_follows_the_model_to_another_dtype(tmp_path):
 
 
 def test_inheriting_copies_what_is_named_and_nothing_else(tmp_path):
-    overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn", depth=34))
+    overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn", depth=101))
     parts = ["backbone.fpn_", "proposal_generator", "roi_heads"]
     model = build_model(distillation_cfg(detector_cfg("faster_rcnn"), overrides, **{"DISTILL.STUDENT.INHERIT": parts}))
     before = copy.deepcopy(model.student.state_dict())

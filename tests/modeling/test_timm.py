@@ -16,7 +16,7 @@ from distill.modeling import TimmBackbone, timm_weights
 from distill.modeling.checkpoint import load_detector
 from distill.modeling.timm_weights import check_backbone, convert_resnet
 from distill.recipes import YamlRecipe
-from tests.helpers import detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
+from tests.helpers import FULL_WIDTH, detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
 
 FAMILIES = [
     "mobilenetv2_035",
@@ -216,7 +216,7 @@ def resnet_cfg(depth, **overrides):
         depth=depth,
         **{
             "MODEL.RESNETS.STRIDE_IN_1X1": False,
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
+            **(FULL_WIDTH if depth >= 50 else {}),
             "MODEL.WEIGHTS": f"timm://resnet{depth}.tv_in1k",
             "SOLVER.MAX_ITER": 1,
             **overrides,

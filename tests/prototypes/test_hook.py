@@ -45,6 +45,7 @@ def make_cfg(tmp_path, name, size=None, num_images=10, boxes_per_image=6, **over
     entry = write_coco(tmp_path / name, num_images, boxes_per_image, size)
     student = detector_cfg(
         "faster_rcnn",
+        depth=18,  # group norm wants 32 channels
         **{
             "DATASETS.REGISTER": [entry],
             "DATASETS.TRAIN": [name],

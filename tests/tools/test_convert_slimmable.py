@@ -7,7 +7,7 @@ from detectron2.modeling import build_backbone
 
 from distill.config import slim_config
 from distill.errors import DistillError
-from tests.helpers import detector_cfg, run_script
+from tests.helpers import FULL_WIDTH, detector_cfg, run_script
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
@@ -76,7 +76,7 @@ def test_the_slim_network_computes_the_same(tmp_path, width):
     )
     assert result.returncode == 0, result.stderr
     settings = {"MODEL.RESNETS.STRIDE_IN_1X1": False, "MODEL.RESNETS.WIDTH_MULT": width}
-    cfg = slim_config(detector_cfg("retinanet", depth=50, **settings, **{"MODEL.RESNETS.RES2_OUT_CHANNELS": 256}))
+    cfg = slim_config(detector_cfg("retinanet", **settings, **FULL_WIDTH))
     backbone = build_backbone(cfg).bottom_up.eval()
     weights = torch.load(output, weights_only=True)["model"]
     backbone.load_state_dict({k.removeprefix("backbone.bottom_up."): v for k, v in weights.items()})  # all of them

@@ -113,7 +113,8 @@ def test_without_a_test_set_random_images_are_compared(tmp_path, tool, log):
 def test_a_test_set_that_is_not_on_this_machine(tmp_path, tool, log, monkeypatch):
     overrides = {"DATASETS.TEST": ["coco_2017_val"], "MODEL.RETINANET.NUM_CLASSES": 80}
     arguments = write_trained(tmp_path, data=False, **overrides)
-    torch.save({"model": build_model(detector_cfg("retinanet", **overrides)).state_dict()}, tmp_path / "model.pth")
+    model = build_model(detector_cfg("retinanet", depth=18, **overrides))
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     tool.run(*arguments, "--format", "torchscript")
     out = log.text
     assert "random images instead. The test set coco_2017_val cannot be read: FileNotFoundError" in out

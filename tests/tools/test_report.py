@@ -152,7 +152,7 @@ def test_what_was_trained_from_what(page, runs):
     }
     expected = {
         "Detector": "RetinaNet",
-        "Backbone": "ResNet-18 with FPN, 16 channels",
+        "Backbone": "ResNet-50 with FPN, 16 channels",
         "Starts from": "random weights",
         "Teacher": str(runs / "teacher" / "model_final.pth"),
         "Balance of gradients": "0.5",
