@@ -135,6 +135,7 @@ def test_the_student_leaves_as_plain_detectron2_with_the_same_ap(tmp_path):
         "from detectron2.config import LazyCall as L\nfrom detectron2.evaluation import COCOEvaluator\n"
         "dataloader.evaluator = L(COCOEvaluator)(dataset_name='${..test.dataset.names}')\n"
         "model.roi_heads.box_predictor.test_score_thresh = 0.0\n"
+        "model.roi_heads.box_predictor.test_topk_per_image = 10\n"
     )
     config = write_student(tmp_path, more=evaluator)
     arguments = ["--config-file", config, "--distill", "ReviewDistiller", *teacher_arguments(tmp_path)]

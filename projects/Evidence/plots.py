@@ -22,7 +22,7 @@ def plot_costs(suite: Suite, lines: list[dict], path: Path) -> None:
     ratios = costs(suite, lines)
     shown = [row for row in suite.rows if row.name in ratios and finished(suite, row, lines)]
     panels = _panels(suite, [row for row in shown if (suite.baseline_of(row) or row) in shown])
-    figure, axes = _figure(suite, len(panels))
+    figure, axes = _figure(suite, [len(rows) for rows in panels.values()])
     for axis, (baseline, rows) in zip(axes, panels.items()):
         for row, color in rows:
             own, base = ([run["AP"] for run in finished(suite, x, lines)] for x in (row, suite.row(baseline)))
@@ -53,9 +53,11 @@ def _panels(suite: Suite, rows: list[Row]) -> dict[str, list[tuple[Row, tuple[fl
     return {name: members for name, members in panels.items() if members} or {suite.baseline: []}
 
 
-def _figure(suite: Suite, num_panels: int) -> tuple[plt.Figure, list[plt.Axes]]:
-    height = 4.5 if num_panels == 1 else 1.9 * num_panels
-    figure, axes = plt.subplots(num_panels, figsize=(8.5, height), sharex=True, sharey=True, squeeze=False)
+def _figure(suite: Suite, num_rows: list[int]) -> tuple[plt.Figure, list[plt.Axes]]:
+    """With a panel for each number of rows, as high as its legend."""
+    heights = [max(1.9, 0.6 + 0.2 * number) for number in num_rows] if len(num_rows) > 1 else [4.5]
+    settings = {"figsize": (8.5, sum(heights)), "gridspec_kw": {"height_ratios": heights}}
+    figure, axes = plt.subplots(len(heights), sharex=True, sharey=True, squeeze=False, **settings)
     axes[0, 0].set_title(suite.title)
     return figure, list(axes[:, 0])
 
