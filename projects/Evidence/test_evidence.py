@@ -277,6 +277,14 @@ def test_rows_that_have_another_baseline_have_a_panel_of_their_own(tmp_path, mon
     assert points == expected
 
 
+def test_a_panel_is_as_high_as_its_legend(tmp_path):
+    import plots
+
+    figure, axes = plots._figure(load_suite(write_suite(tmp_path)), [13, 2])
+    high, low = (axis.get_position().height * figure.get_figheight() for axis in axes)
+    assert high > 1.5 * low  # of the same height, the first one's legend would lie over the second's
+
+
 def test_plots_are_written(tmp_path):
     import plots
 

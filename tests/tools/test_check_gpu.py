@@ -22,6 +22,7 @@ def check_gpu(monkeypatch):
 @pytest.fixture
 def small(tmp_path):
     """A pair that processors without bfloat16 run in seconds; the script's own take them a quarter of an hour."""
+    # small features would be compared with what bfloat16 rounds away
     detector = detector_cfg("retinanet", depth=18, **{"MODEL.PIXEL_STD": [1.0, 1.0, 1.0]})
     cfg = distillation_cfg(detector, write_teacher(tmp_path, detector))
     (tmp_path / "small.yaml").write_text(cfg.dump())

@@ -5,8 +5,10 @@ from PIL import Image
 from tests.helpers import run_script
 from tests.test_train_net import make_voc
 
-SHORT = ("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "0", "TEST.EVAL_PERIOD", "0")
-SHORT += ("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64")
+SHORT = (
+    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "0", "TEST.EVAL_PERIOD", "0"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+)
 
 
 def test_photos_go_through_every_stage_once(tmp_path):
