@@ -145,16 +145,16 @@ def table(suite: Suite, lines: list[dict]) -> str:
         lines: its lines.
 
     Returns:
-        The table, a line for each row.
+        The table without its empty columns: a line for each row, or for those with a published number where none was
+        run.
     """
     published = [key for row in suite.rows for key in row.published]
     published = sorted(set(published), key=published.index)
     runs = {row.name: finished(suite, row, lines) for row in suite.rows}
-    metrics = [m for m in METRICS if any(run.get(m) is not None for own in runs.values() for run in own)] or ["AP"]
     ratios = costs(suite, lines)
-    headers = ["row", "seeds", *metrics, "gain in AP", "cost", *(f"published {key}" for key in published)]
-    table = [headers, ["---", *["---:"] * (len(headers) - 1)]]
-    for row in suite.rows:
+    headers = ["row", "seeds", *METRICS, "gain in AP", "cost", *(f"published {key}" for key in published)]
+    table = []
+    for row in suite.rows if lines or not published else [row for row in suite.rows if row.published]:
         own, baseline = runs[row.name], suite.baseline_of(row)
         base = runs[baseline.name] if baseline else []
         failed = [
@@ -162,12 +162,15 @@ def table(suite: Suite, lines: list[dict]) -> str:
         ]
         number = str(len(own)) if own or failed else ""
         cells = [row.name, number + (f" ({len(failed)} failed)" if failed else "")]
-        cells += [_cell([run[m] for run in own]) if all(run.get(m) is not None for run in own) else "" for m in metrics]
+        cells += [_cell([run[m] for run in own]) if all(run.get(m) is not None for run in own) else "" for m in METRICS]
         cells.append(_signed(*gain([x["AP"] for x in own], [x["AP"] for x in base])) if own and base else "")
         cells.append(f"{ratios[row.name]:.2f}" if row.name in ratios else "")
         cells += [str(row.published.get(key, "")) for key in published]
         table.append(cells)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+    used = [column for column in zip(headers, *table) if any(column[1:])]
+    rows = [*zip(*used)]
+    rows.insert(1, ["---", *["---:"] * (len(used) - 1)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def where(suite: Suite, lines: list[dict]) -> str:

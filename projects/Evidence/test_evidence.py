@@ -218,6 +218,11 @@ def test_a_table_has_means_errors_gains_and_costs(tmp_path):
     assert "7 trainings, 7 minutes" in results.where(suite, lines) and "9 rounds" in results.where(suite, lines)
 
 
+def test_of_a_suite_that_was_not_run_the_table_has_what_was_published(tmp_path):
+    suite = load_suite(write_suite(tmp_path))
+    assert results.table(suite, []) == "| row | published AP |\n| --- | ---: |\n| imitation | 40.1 |\n"
+
+
 def test_several_trainings_of_a_teacher_are_told(tmp_path):
     suite = load_suite(write_suite(tmp_path, seeds=3))
     lines = [line(suite, "imitation", seed, 30.0, teacher_sha256="a") for seed in range(2)]
