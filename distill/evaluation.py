@@ -62,6 +62,21 @@ def check_evaluators(names: Sequence[str]) -> None:
                 )
 
 
+def forget_cached(name: str, folder: str) -> None:
+    """Removes the ground truth that Detectron2's COCO evaluator wrote in an earlier run, and would take again though
+    annotations or images have changed since. All processes call it.
+
+    Args:
+        name: a registered data set.
+        folder: where the evaluator writes.
+    """
+    if MetadataCatalog.get(name).get("json_file"):  # which it reads instead
+        return
+    if comm.is_main_process():
+        Path(folder, f"{name}_coco_format.json").unlink(missing_ok=True)
+    comm.synchronize()
+
+
 def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     """The evaluator of a data set's ``evaluator_type``, as in Detectron2's ``tools/train_net.py``.
 
@@ -83,10 +98,7 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
         found.append(SemSegEvaluator(name, distributed=True, output_dir=folder))
     if kind in ("coco", "coco_panoptic_seg"):
         sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
-        if not MetadataCatalog.get(name).get("json_file"):  # Detectron2 will write one
-            if comm.is_main_process():  # or take an earlier run's, maybe of other images
-                Path(folder, f"{name}_coco_format.json").unlink(missing_ok=True)
-            comm.synchronize()
+        forget_cached(name, folder)
         found.append(COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas))
     if kind == "coco_panoptic_seg":
         found.append(COCOPanopticEvaluator(name, folder))

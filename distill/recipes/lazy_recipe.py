@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from ..config import load_lazy_config, override, resolve_config_file, write_record
 from ..data import CheckedMapper
 from ..errors import DistillError
+from ..evaluation import forget_cached
 from .base import Mapper, Recipe, evaluate_on
 from .translate import translate
 
@@ -220,8 +221,12 @@ class LazyRecipe(Recipe):
             dataloader.test.mapper = mapper
         elif "mapper" in dataloader.test:
             dataloader.test.mapper = CheckedMapper(instantiate(dataloader.test.mapper))
-        if folder != "inference" and dataloader.evaluator.get("output_dir"):
-            dataloader.evaluator.output_dir = os.path.join(self.cfg.OUTPUT_DIR, folder)
+        evaluators = dataloader.evaluator
+        for node in evaluators if OmegaConf.is_list(evaluators) else [evaluators]:
+            if folder != "inference" and node.get("output_dir"):
+                node.output_dir = os.path.join(self.cfg.OUTPUT_DIR, folder)
+            if node.get("output_dir") and isinstance(node.get("dataset_name"), str):
+                forget_cached(node.dataset_name, node.output_dir)
         names = ", ".join(self.cfg.DATASETS.TEST) or "dataloader.test"
         return evaluate_on(model, instantiate(dataloader.test), instantiate(dataloader.evaluator), names)
 
