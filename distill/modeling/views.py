@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import DistillError
 from .dense_heads import box_deltas, class_logits, decode_boxes, finish_towers, has_towers, tower_convs
-from .precision import autocast
+from .precision import autocast, autocast_dtype
 from .scaling import Scaling
 
 
@@ -201,9 +201,12 @@ class DetectorView:
 
         Returns:
             By level ``Tensor[N, C, H, W]``, of the tower of classes and of that of boxes, with all of the student's own
-            cells.
+            cells. In float32 where the caller computes in it, whatever the student does.
         """
-        return tuple(tower[-1 - num_convs] for tower in self._outputs["towers"])
+        towers = tuple(tower[-1 - num_convs] for tower in self._outputs["towers"])
+        if autocast_dtype(self._detector.device) == torch.float32:
+            towers = tuple([level.float() for level in tower] for tower in towers)
+        return towers
 
     def finish_towers(
         self, classes: Sequence[Tensor], boxes: Sequence[Tensor], num_convs: int

@@ -24,6 +24,23 @@ def flat(levels, width):
     return torch.cat(rows, 1)
 
 
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("channels", [16, 24])
+def test_beside_a_student_in_mixed_precision(tmp_path, channels, precision):
+    given = write_teacher(tmp_path, detector_cfg("retinanet", channels=channels, **CONVS))
+    overrides = {"DISTILL.DISTILLERS": ["CrossKDDistiller"], "DISTILL.PRECISION": precision}
+    overrides["SOLVER.AMP.ENABLED"] = True
+    model = build_model(distillation_cfg(detector_cfg("retinanet", **CONVS), given, **overrides)).train()
+    batch = random_batch((64, 96), (61, 75))
+    losses = {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses[enabled] = step(model, batch)
+    for key in ("loss_cross_class", "loss_cross_box"):
+        assert losses[True][key].dtype == torch.float32
+        torch.testing.assert_close(losses[True][key], losses[False][key], rtol=0.1, atol=0.05)
+
+
 @pytest.mark.parametrize("num_convs", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
 def test_is_the_teachers_head_on_the_students_features(tmp_path, kind, num_convs):
