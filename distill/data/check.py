@@ -39,6 +39,7 @@ KINDS = {
     "box empty": Kind("boxes have no area and are dropped", True),
     "mask size differs": Kind("run-length encoded masks have another size than their image"),
     "mask unreadable": Kind("run-length encoded masks cannot be decoded"),
+    "crowd": Kind("objects are crowds (iscrowd 1), neither learned nor evaluated", True),
     "mask missing": Kind("objects have no mask, as others have, and get their box's", True),
 }
 
@@ -73,6 +74,8 @@ def check_source(name: str, source: Source, mode: str = "error", load_truncated:
             _check_boxes(record, faults)
     for note, files in notes.items():
         logger.info(f"{name}: {len(files)} images {note}, such as {files[0]}.")
+    if is_turned or any(fault.kind not in ("image unknown", "crowd") for fault in faults):
+        source.json_file = ""  # which knows nothing of it
     if mode == "off":
         return
     harmless = [fault for fault in faults if KINDS[fault.kind].is_harmless]
@@ -92,8 +95,6 @@ def check_source(name: str, source: Source, mode: str = "error", load_truncated:
         source.records = kept
         if not kept:
             raise DistillError(f"The data set {name} has no image without a fault: {'; '.join(describe(real))}.")
-    if is_turned or any(fault.kind != "image unknown" for fault in faults):
-        source.json_file = ""  # which knows nothing of it
 
 
 def describe(faults: list[Fault]) -> list[str]:

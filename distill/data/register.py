@@ -72,10 +72,13 @@ def register_from_config(cfg: CfgNode) -> None:
 
 def _register(name: str, source: Source, evaluator_type: str) -> None:
     records = source.records
-    objects = sum(len(record["annotations"]) for record in records)
+    annotations = [a for record in records for a in record["annotations"]]
+    objects = sum(not a.get("iscrowd") for a in annotations)
     if not objects:
+        crowds = f" but {len(annotations)} crowds. CVAT marks brush masks so: set iscrowd to 0 in the JSON where an "
         raise DistillError(
-            f"DATASETS.REGISTER, {name}: its {len(records)} images have no annotated object: expected one at least."
+            f"DATASETS.REGISTER, {name}: its {len(records)} images have no annotated object"
+            + (f"{crowds}annotation is of one object." if annotations else ": expected one at least.")
         )
     DatasetCatalog.register(name, lambda: copy.deepcopy(records))  # mappers may change them
     metadata = {**source.metadata, **({"json_file": source.json_file} if source.json_file else {})}
@@ -83,8 +86,7 @@ def _register(name: str, source: Source, evaluator_type: str) -> None:
         metadata.pop("thing_dataset_id_to_contiguous_id", None)
     encodings = {
         "rle" if isinstance(a["segmentation"], dict) else "polygon"
-        for record in records
-        for a in record["annotations"]
+        for a in annotations
         if "segmentation" in a and not a.get("iscrowd")  # which no mapper uses
     }
     MetadataCatalog.get(name).set(

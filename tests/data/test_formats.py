@@ -350,3 +350,48 @@ def test_a_file_that_is_no_text_is_a_fault(tmp_path):
     (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(DistillError, match="classes.txt' is not UTF-8 text"):
         read_yolo("x", str(tmp_path), "all")
+
+
+def categories(*pairs):
+    return [{"id": i, "name": name, "supercategory": above} for i, (name, above) in pairs]
+
+
+@pytest.mark.parametrize("project", ["tissue", "cell"])
+def test_the_project_among_roboflows_categories_is_no_class(tmp_path, project):
+    source = checked(write_coco(tmp_path, coco(categories=categories((0, (project, "none")), (7, ("cell", project))))))
+    assert source.classes == ["cell"] and only_box(source) == BOX
+    assert not source.json_file  # which has it
+
+
+@pytest.mark.parametrize(
+    "given, classes",
+    [
+        (categories((7, ("cell", "none"))), ["cell"]),
+        (categories((0, ("tissue", "none")), (7, ("cell", "other"))), ["tissue", "cell"]),
+        (categories((0, ("tissue", "animal")), (7, ("cell", "tissue"))), ["tissue", "cell"]),
+        (categories((7, ("cell", "none")), (8, ("red", "cell"))), ["cell", "red"]),  # it has objects
+    ],
+)
+def test_any_other_category_is_a_class(tmp_path, given, classes):
+    source = checked(write_coco(tmp_path, coco(categories=given)))
+    assert source.classes == classes and source.json_file
+
+
+def test_crowds_are_told_and_ignored_objects_are_left_out(tmp_path, caplog):
+    own = coco()["annotations"][0]
+    more = [{**own, "id": 6, "iscrowd": 1}]
+    source = checked(write_coco(tmp_path, coco(annotations=[own, *more])))
+    assert "1 objects are crowds (iscrowd 1), neither learned nor evaluated" in caplog.text and source.json_file
+    more.append({**own, "id": 8, "ignore": 1})
+    source = checked(write_coco(tmp_path, coco(annotations=[own, *more])))
+    assert [a["iscrowd"] for a in source.records[0]["annotations"]] == [0, 1]
+    assert not source.json_file  # pycocotools would count it
+
+
+def test_a_json_that_does_not_fit_what_was_read_is_not_evaluated(tmp_path):
+    own = coco()["annotations"][0]
+    assert not checked(write_coco(tmp_path, coco(images=[{"id": 3, "file_name": "a.png"}]))).json_file
+    source = write_coco(tmp_path, coco(annotations=[own, {**own, "id": 6, "segmentation": [[5, 7, 9, 7, 9, 9]]}]))
+    assert source.json_file
+    check_source("x", source, "off")
+    assert not source.json_file

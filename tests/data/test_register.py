@@ -206,6 +206,19 @@ def test_a_mask_rcnn_wants_masks_that_it_can_read(tmp_path, masks, mask_format, 
         check_datasets(cfg)
 
 
+def test_crowds_alone_are_no_objects(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 2, 18, 18], "area": 9, "iscrowd": 1}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [annotation, {**annotation, "id": 2}],
+    }
+    (tmp_path / "m.json").write_text(json.dumps(content))
+    with pytest.raises(DistillError, match="1 images have no annotated object but 2 crowds. .* set iscrowd to 0 in"):
+        register_datasets([f"m=coco:{tmp_path}/m.json:{tmp_path}"])
+
+
 def test_an_unknown_data_set_is_named():
     cfg = detector_cfg("faster_rcnn")
     set_all(cfg, {"DATASETS.TRAIN": ["nothing"]})

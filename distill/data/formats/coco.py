@@ -1,6 +1,7 @@
 """COCO's JSON, as COCO itself, CVAT, Roboflow and Label Studio write it."""
 
 import json
+import logging
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +11,8 @@ import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
 from .source import Fault, Source, absolute, check_classes, require, select
+
+logger = logging.getLogger(__name__)
 
 
 def read_coco(name: str, json_file: str, image_root: str, split: str = "all") -> Source:
@@ -28,14 +31,16 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
     Raises:
         DistillError: a path does not exist, the file is of another form, or it has no image or no annotation.
     """
-    path, root = Path(json_file), Path(image_root)
+    path, folder = Path(json_file), Path(image_root)
     require(path.is_file(), name, f"the file '{json_file}' does not exist.")
-    require(root.is_dir(), name, f"the folder of images '{image_root}' does not exist.")
+    require(folder.is_dir(), name, f"the folder of images '{image_root}' does not exist.")
     try:
         raw = path.read_bytes()
         content = json.loads(raw.decode("utf-8-sig"))
         images, annotations = content["images"], content["annotations"]
         categories = sorted(content["categories"], key=lambda category: _order(category["id"]))
+        root = _find_root(categories, annotations)
+        categories = [category for category in categories if category is not root]
         classes = [str(category["name"]) for category in categories]
         stems = [str(Path(str(image["file_name"])).with_suffix("")) for image in images]
         keys = [str(image["id"]) for image in images]
@@ -49,6 +54,8 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
     require(
         bool(annotations), name, f"the file '{json_file}' has no annotation: nothing to learn, nothing to evaluate."
     )
+    if root:
+        logger.info(f"{name}: the category {root['name']!r} is the name of the project (Roboflow's), and no class.")
     check_classes(name, classes)
     twice = sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []
     require(not twice, name, f"'{json_file}' has several images of the ids {', '.join(twice[:3])}: expected one each.")
@@ -63,7 +70,7 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
         if stem not in chosen:
             continue
         record = {
-            "file_name": _find(root, str(image["file_name"])),
+            "file_name": _find(folder, str(image["file_name"])),
             "image_id": image["id"] if are_numbers else index + 1,
             "height": height,
             "width": width,
@@ -76,7 +83,8 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
     is_whole = split == "all" and are_numbers and not raw.startswith(b"\xef\xbb\xbf")
     is_unique = len({str(a.get("id")) for a in annotations}) == len(annotations)
     are_standard = all(type(c["id"]) is int for c in categories) and all(_is_standard(a) for a in annotations)
-    if is_whole and is_unique and are_standard:
+    have_sizes = all(height and width for height, width in sizes)  # masks are evaluated in them
+    if is_whole and is_unique and are_standard and have_sizes and not root:
         source.json_file = absolute(path)
         source.metadata["thing_dataset_id_to_contiguous_id"] = {c["id"]: i for i, c in enumerate(categories)}
     return source
@@ -86,10 +94,21 @@ def _order(number: object) -> tuple:
     return (0, number, "") if isinstance(number, int) else (1, 0, str(number))
 
 
+def _find_root(categories: list[dict], annotations: list[dict]) -> dict | None:
+    """Roboflow's first category: it has the project's name, which the others have as supercategory, and no object."""
+    used = {str(annotation.get("category_id")) for annotation in annotations}
+    for root in categories:
+        others = [category.get("supercategory") for category in categories if category is not root]
+        is_above = root.get("supercategory") == "none" and others and set(others) == {str(root["name"])}
+        if is_above and str(root["id"]) not in used:
+            return root
+    return None
+
+
 def _is_standard(annotation: dict) -> bool:
     """Whether Detectron2's evaluator reads an annotation as it is."""
     numbers = all(type(annotation.get(key)) is int for key in ("id", "image_id", "category_id", "iscrowd"))
-    return numbers and "area" in annotation and len(annotation.get("bbox") or ()) == 4
+    return numbers and not annotation.get("ignore") and "area" in annotation and len(annotation.get("bbox") or ()) == 4
 
 
 def _find(root: Path, file_name: str) -> str:
@@ -110,6 +129,8 @@ def _read_annotation(source: Source, record: dict, annotation: dict, numbers: di
     except (ValueError, TypeError, KeyError, IndexError):
         source.faults.append(Fault("annotation unreadable", record, record["file_name"]))
         return
+    if found["iscrowd"]:
+        source.faults.append(Fault("crowd", record, record["file_name"]))
     if annotation.get("ignore"):  # as Detectron2 has it: neither learned nor evaluated
         return
     record["annotations"].append({**found, "bbox": box, **({"segmentation": mask} if mask else {})})
