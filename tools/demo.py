@@ -31,7 +31,7 @@ from runs import TrainingFailed, read_metrics, train
 from tabulate import tabulate
 
 from distill.config import CLASS_NODES, load_config, student_config
-from distill.data import register_datasets
+from distill.data import register_from_config
 from distill.data.digit_scenes import prepare_digit_scenes
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
@@ -57,21 +57,24 @@ STAGES = (
 NUM_DRAWN, NUM_TIMED = 6, 20
 
 
-def photo_opts(train_set: str, test_set: str) -> list[str]:
+def photo_opts(train_set: str, test_set: str, opts: Sequence[str] = ()) -> list[str]:
     """Registers data sets of the user's own.
 
     Args:
         train_set: to train on, such as ``voc:ROOT:SPLIT``, ``coco:JSON:IMAGE_ROOT`` or ``yolo:data.yaml:SPLIT``.
         test_set: to test on, the same.
+        opts: the user's overrides, such as ``DATASETS.CHECK skip``.
 
     Returns:
-        Overrides of the demo's configs for photos, ``[KEY, VALUE, ...]``.
+        Overrides of the demo's configs for photos, ``[KEY, VALUE, ...]``, before those.
 
     Raises:
-        DistillError: see :func:`distill.data.register_datasets`.
+        DistillError: see :func:`distill.data.register_from_config`.
     """
     entries = [f"demo_train={train_set}", f"demo_test={test_set}"]
-    register_datasets(entries)
+    cfg = load_config(STAGES[0].config, opts)
+    cfg.DATASETS.REGISTER = entries
+    register_from_config(cfg)
     classes = MetadataCatalog.get("demo_train").thing_classes
     model = load_config(STAGES[0].config).MODEL
     node = CLASS_NODES[model.META_ARCHITECTURE]
@@ -132,7 +135,9 @@ def draw(records: list[dict], detections: dict[str, list], metadata: Metadata, p
         path: the PNG to write.
     """
     columns = ["ground truth", *detections]
-    figure, axes = plt.subplots(len(records), len(columns), figsize=(2.4 * len(columns), 2.4 * len(records)))
+    figure, axes = plt.subplots(
+        len(records), len(columns), figsize=(2.4 * len(columns), 2.4 * len(records)), squeeze=False
+    )
     names = metadata.get("thing_classes", [])
     for row, record in enumerate(records):
         image = read_image(record["file_name"], "RGB")
@@ -217,7 +222,7 @@ def main() -> None:
     setup_logger(name="distill")
     if not args.data:
         prepare_digit_scenes()
-    opts = [*(photo_opts(*args.data) if args.data else []), *args.opts]
+    opts = [*(photo_opts(*args.data, args.opts) if args.data else []), *args.opts]
     teacher = output / STAGES[0].folder
     learn = [
         *("DISTILL.TEACHER.CONFIG_FILE", str(teacher / "config.yaml")),

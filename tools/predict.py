@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import distill.modeling  # noqa: F401  registers its backbones and meta-architectures
-from distill.data import register_datasets
+from distill.data import register_from_config, seen_path
 from distill.errors import DistillError
 from distill.export import build_input_mapper, class_names, load_deployed
 from distill.modeling.checkpoint import load_detector
@@ -66,15 +66,14 @@ def load(weights: str, config_file: str, opts: Sequence[str]) -> tuple[nn.Module
         )
     recipe = load_recipe(config_file, opts)
     try:
-        register_datasets(recipe.cfg.DATASETS.REGISTER)
+        register_from_config(recipe.cfg)
     except DistillError as error:
         logger.warning(f"The classes may lack their names: {error}")
     names = class_names(recipe)
-    plain = recipe.plain()
-    plain.cfg.MODEL.WEIGHTS = weights
-    if plain.cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        plain.cfg.MODEL.DEVICE = "cpu"
-    return load_detector(plain, "detector").eval(), recipe.build_mapper(), names
+    own = recipe.detector(weights)
+    if own.cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        own.cfg.MODEL.DEVICE = "cpu"
+    return load_detector(own, "detector").eval(), recipe.build_mapper(), names
 
 
 def find_images(inputs: Sequence[str], output: Path) -> dict[Path, Path]:
@@ -123,7 +122,7 @@ def draw(path: Path, instances: Instances, metadata: Metadata, target: Path) -> 
         metadata: has the names of the classes.
         target: the file to write.
     """
-    image = read_image(str(path), "RGB")
+    image = read_image(seen_path(str(path)), "RGB")
     drawn = Visualizer(image, metadata, scale=max(1.0, DRAWN_PIXELS / min(image.shape[:2]))).draw_instance_predictions(
         instances
     )
@@ -153,7 +152,7 @@ def predict(args: argparse.Namespace) -> None:
     try:
         for path, target in tqdm(targets.items(), "images", unit="image"):
             try:
-                item = mapper({"file_name": str(path)})
+                item = mapper({"file_name": seen_path(str(path))})
             except DistillError as error:
                 unreadable.append(f"{path} ({error.__cause__ or error})")
                 continue

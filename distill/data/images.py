@@ -88,6 +88,18 @@ def _is_complete(file: str, image: Image.Image) -> bool:
     return True
 
 
+def seen_path(file: str) -> str:
+    """The path under which Detectron2 reads a file as a person sees it.
+
+    Args:
+        file: an image's path.
+
+    Returns:
+        The same, or ``seen://PATH`` where Detectron2 would not by itself.
+    """
+    return SEEN + file if read_header(file).needs else file
+
+
 def read_headers(files: Sequence[str], key: str) -> dict[str, Header]:
     """Reads the headers of many images at a time. They are kept, and read again where a file's time or size changed;
     of several processes of a machine, one reads.

@@ -14,7 +14,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import check_datasets, register_datasets
+from ..data import check_datasets, register_from_config
 from ..errors import DistillError
 from ..recipes import Recipe
 from ..recipes.base import Mapper
@@ -196,7 +196,8 @@ def register_test_sets(recipe: Recipe) -> None:
     cfg.DATASETS.TRAIN = ()  # nobody needs it here
     if not cfg.DATASETS.TEST:
         raise DistillError("DATASETS.TEST names no test set: set it to a data set of the detector's classes.")
-    register_datasets([x for x in cfg.DATASETS.REGISTER if str(x).partition("=")[0] in cfg.DATASETS.TEST])
+    cfg.DATASETS.REGISTER = [x for x in cfg.DATASETS.REGISTER if str(x).partition("=")[0] in cfg.DATASETS.TEST]
+    register_from_config(cfg)
     check_datasets(cfg)
 
 

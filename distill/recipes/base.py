@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.optim import Optimizer
 
+from ..config import student_config
 from ..errors import DistillError
 from ..evaluation import build_evaluator
 
@@ -123,6 +125,20 @@ class Recipe(abc.ABC):
     @abc.abstractmethod
     def test_images(self) -> list[dict]:
         """The images that are tested on, in Detectron2's data set format."""
+
+    def detector(self, weights: str) -> Recipe:
+        """The recipe of the detector alone (of a distilled run, the student).
+
+        Args:
+            weights: its MODEL.WEIGHTS.
+
+        Returns:
+            A recipe whose config is a copy, not frozen.
+        """
+        recipe = copy.copy(self)
+        recipe.cfg = student_config(self.cfg)
+        recipe.cfg.MODEL.WEIGHTS = weights
+        return recipe
 
     @abc.abstractmethod
     def plain(self) -> Recipe:

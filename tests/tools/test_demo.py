@@ -1,8 +1,16 @@
 """The demo's stages, on photos of the user's own."""
 
+import sys
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from tests.helpers import run_script
+from distill.errors import DistillError
+from tests.data.test_register import unregister  # noqa: F401
+from tests.helpers import ROOT, run_script
 from tests.test_train_net import make_voc
 
 SHORT = (
@@ -27,6 +35,24 @@ def test_photos_go_through_every_stage_once(tmp_path):
     again = run_script("tools/demo.py", "--output", str(out), "--data", entry, entry, *SHORT)
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.count("finished already") == len(names)
+
+
+def test_one_test_image_is_drawn_and_the_users_check_counts(tmp_path, monkeypatch, unregister):  # noqa: F811
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    monkeypatch.chdir(ROOT)
+    import demo
+
+    make_voc(tmp_path / "photos")
+    (tmp_path / "photos" / "Annotations" / "1.xml").write_text("no XML")
+    entry = f"voc:{tmp_path}/photos:train"
+    with pytest.raises(DistillError, match="1 annotations cannot be read"):
+        demo.photo_opts(entry, entry)
+    demo.photo_opts(entry, entry, ["DATASETS.CHECK", "skip"])
+    records = DatasetCatalog.get("demo_test")[:1]
+    found = Instances((64, 80), pred_boxes=Boxes([[5, 5, 50, 40]]))
+    found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([0])
+    demo.draw(records, {"model": [found]}, MetadataCatalog.get("demo_test"), tmp_path / "one.png")
+    assert (tmp_path / "one.png").exists()
 
 
 def test_a_wrong_data_set_is_named(tmp_path):

@@ -1,15 +1,17 @@
 """tools/export_student.py --format torchscript and onnx, from the command line to the evaluation."""
 
+import json
 import logging
 import sys
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from distill.errors import DistillError
-from distill.export import load_deployed
-from distill.recipes import LazyRecipe
+from distill.export import load_deployed, register_test_sets
+from distill.recipes import LazyRecipe, load_recipe
 from tests.export.test_files import THRESHOLDS, finding_detector
 from tests.helpers import ROOT, detector_cfg, distillation_cfg, run_script, write_coco
 from tests.test_train_net_lazy import write_student
@@ -57,6 +59,18 @@ def write_trained(folder, kind="retinanet", data=True, **overrides):
     (folder / "config.yaml").write_text(distillation_cfg(student, teacher).dump())
     torch.save({"model": finding_detector(kind).state_dict()}, folder / "model.pth")
     return ["--config-file", folder / "config.yaml", "--weights", folder / "model.pth", "--output", folder / "out"]
+
+
+def test_the_test_set_is_checked_and_evaluated_as_the_config_says(tmp_path):
+    write_trained(tmp_path, **{"DATASETS.CHECK": "skip", "DATASETS.METRIC": "voc"})
+    path = tmp_path / "data" / "instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"] = [500, 8, 40, 32]  # outside
+    path.write_text(json.dumps(content))
+    recipe = load_recipe(str(tmp_path / "config.yaml"))
+    register_test_sets(recipe)
+    (name,) = recipe.cfg.DATASETS.TEST
+    assert len(recipe.test_images()) == 2 and MetadataCatalog.get(name).evaluator_type == "pascal_voc"
 
 
 @pytest.mark.parametrize("size", [(), ("--size", 128, 160)], ids=["any", "fixed"])

@@ -3,8 +3,10 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -12,8 +14,8 @@ from distill.errors import DistillError
 from distill.export import output_names
 from distill.export.tracing import write_onnx, write_torchscript
 from tests.export.test_files import describe_file, finding_detector, image_of
-from tests.helpers import ROOT, run_script
-from tests.tools.test_export_file import write_trained
+from tests.helpers import ROOT, aligned_cfg, run_script
+from tests.tools.test_export_file import SIZES, write_trained
 
 
 def predict(weights, folder, *more):
@@ -61,6 +63,19 @@ def test_a_checkpoint_and_files_of_it_find_the_same(tmp_path):
             assert own["category_id"] == theirs["category_id"]
             assert own["score"] == pytest.approx(theirs["score"], abs=1e-4)
             assert own["bbox"] == pytest.approx(theirs["bbox"], abs=1e-2)
+
+
+def test_images_are_seen_as_in_training_and_a_multi_scale_teacher_predicts(tmp_path):
+    cfg = aligned_cfg("fcos", **SIZES)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+    (tmp_path / "data").mkdir()
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "data" / "1.png")
+    result = predict(tmp_path / "model.pth", tmp_path, "--config-file", tmp_path / "config.yaml")
+    assert result.returncode == 0, result.stderr[-3000:]
+    with Image.open(tmp_path / "drawn" / "1.png") as picture:
+        assert 100 < np.asarray(picture.convert("L")).mean() < 155  # and not white
 
 
 def test_an_unreadable_image_does_not_stop_the_others(tmp_path):

@@ -14,7 +14,6 @@ import torch
 from detectron2.evaluation.testing import flatten_results_dict
 from runs import read_metrics
 
-from distill.config import student_config
 from distill.data import register_from_config
 from distill.engine import evaluate_teacher
 from distill.errors import DistillError
@@ -164,10 +163,7 @@ class Run:
         """
         if self.weights is None:
             raise DistillError(f"There is no model_final.pth in {self.folder}: the training has not ended.")
-        recipe = copy.copy(self.recipe)
-        recipe.cfg = student_config(self.cfg)
-        recipe.cfg.MODEL.WEIGHTS = str(self.weights)
-        return recipe
+        return self.recipe.detector(str(self.weights))
 
 
 class TeacherOf:
