@@ -15,7 +15,7 @@ from distill.config import override
 from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import DistillationModel
-from distill.recipes import LazyRecipe, lazy_recipe, load_recipe, translate_message
+from distill.recipes import LazyRecipe, load_recipe, translate_message
 from tests.helpers import ROOT, detector_cfg, run_script, script_environment, write_teacher
 from tests.modeling.test_lazy_teachers import write_lazy_teacher
 from tests.test_train_net import SMALL_SCENES, read_metrics
@@ -273,55 +273,6 @@ def test_a_config_without_a_schedule_is_refused_for_training(tmp_path):
     path = write_student(tmp_path, more="del optimizer, lr_multiplier\n")
     with pytest.raises(SystemExit, match="has no optimizer, no lr_multiplier: a training takes the nodes"):
         train_net.run(train_net.argument_parser().parse_args(["--config-file", path]))
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_the_evaluator_and_the_mapper_are_the_configs_own(tmp_path, several):
-    from detectron2.data import MetadataCatalog
-
-    mapper = (
-        "from detectron2.config import LazyCall as L\n\n\n"
-        "def read(record):\n    return {'file': record['file_name']}\n\n\n"
-        "def make(size):\n    return read\n\n\ndef evaluator(output_dir):\n    return output_dir\n\n\n"
-        "dataloader.test.mapper = L(make)(size=3)\ndataloader.evaluator = L(evaluator)(output_dir='x')\n"
-        "if several:\n    dataloader.evaluator = [dataloader.evaluator, L(evaluator)(output_dir='y')]\n"
-    )
-    mapper = f"several = {several}\n{mapper}"
-    recipe = LazyRecipe(write_student(tmp_path, more=mapper))
-    recipe.check_evaluation(True)  # whatever the data set's evaluator_type is
-    MetadataCatalog.get("digit_scenes_val")
-    seen = {}
-
-    def evaluate(model, loader, evaluator, names):
-        seen.update(batch=next(iter(loader)), evaluator=evaluator)
-        return {}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lazy_recipe, "evaluate_on", evaluate)
-        recipe.evaluate(torch.nn.Identity(), folder="teacher/inference")
-    assert seen["batch"][0].keys() == {"file"}
-    evaluators = seen["evaluator"] if several else [seen["evaluator"]]
-    assert len(evaluators) == several + 1 and all(x.endswith("out/teacher/inference") for x in evaluators)
-
-
-@pytest.mark.parametrize("metadata, is_kept", [({}, False), ({"json_file": "there.json"}, True)])
-def test_an_earlier_runs_ground_truth_is_not_taken(tmp_path, metadata, is_kept):
-    from detectron2.data import MetadataCatalog
-
-    cached = tmp_path / "cells_coco_format.json"
-    cached.touch()
-    evaluator = (
-        "from detectron2.config import LazyCall as L\n\n\n"
-        "def evaluator(dataset_name, output_dir):\n    return dataset_name\n\n\n"
-        f"dataloader.evaluator = L(evaluator)(dataset_name='cells', output_dir='{tmp_path}')\n"
-    )
-    recipe = LazyRecipe(write_student(tmp_path, more=evaluator))
-    MetadataCatalog.get("cells").set(**metadata)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lazy_recipe, "evaluate_on", lambda *args: {})
-        recipe.evaluate(torch.nn.Identity())
-    MetadataCatalog.remove("cells")
-    assert cached.exists() == is_kept
 
 
 def test_a_student_at_half_the_size_in_python(tmp_path):
