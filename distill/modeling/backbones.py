@@ -1,5 +1,6 @@
 """FPN backbones for small students: the FPN on a network of another library, and slimmed ResNets."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -43,6 +44,21 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     )
 
 
+def finest_stride(cfg: CfgNode) -> int:
+    """The stride of the finest level that a dense detector takes, one finer around an AlignedTeacher; of others, 4.
+
+    Args:
+        cfg: the full config.
+
+    Returns:
+        The stride, in pixels.
+    """
+    kind = cfg.MODEL.META_ARCHITECTURE.upper()
+    levels = cfg.MODEL[kind].IN_FEATURES if kind in ("RETINANET", "FCOS") else ["p2"]
+    numbers = [int(level[1:]) for level in levels if level[:1] == "p" and level[1:].isdigit()]
+    return 2 ** (min(numbers, default=2) - (cfg.MODEL.BACKBONE.NAME == "build_aligned_backbone"))
+
+
 @BACKBONE_REGISTRY.register()
 def build_slimmable_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Detectron2's ResNet with an FPN, all of the ResNet's widths multiplied by MODEL.RESNETS.WIDTH_MULT.
@@ -66,21 +82,25 @@ def build_slimmable_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
 
 
 def freeze_unused_levels(detector: nn.Module, compared: Sequence[str] = ()) -> None:
-    """Freezes the convolutions of an FPN's last levels where nobody takes them.
+    """Freezes the convolutions of an FPN's first and last levels where nobody takes them.
 
-    Detectron2's RetinaNet builders always make P7, which a detector on P2 to P6 leaves out. A weight without gradient
-    is an error on several GPUs.
+    Detectron2's RetinaNet builders always make P7, which a detector on P2 to P6 leaves out, and a network's first stage
+    may be finer than the heads' levels. A weight without gradient is an error on several GPUs.
 
     Args:
         detector: any; nothing is done to one with another kind of backbone.
         compared: levels that are used, besides those of the detector's heads.
     """
-    backbone = getattr(detector, "backbone", None)
-    backbone = getattr(backbone, "fpn", backbone)
+    whole = getattr(detector, "backbone", None)
+    backbone = getattr(whole, "fpn", whole)
     top = getattr(backbone, "top_block", None)
     used = [*compared, *getattr(detector, "head_in_features", [])]
     for part in ("proposal_generator", "roi_heads"):
         used += getattr(getattr(detector, part, None), "in_features", [])
+    if used and isinstance(whole, FPN):  # an AlignedBackbone's half-size image takes the finest, too
+        for level in itertools.takewhile(lambda level: level not in used, backbone.output_shape()):
+            for part in ("lateral", "output"):
+                getattr(backbone, f"fpn_{part}{level[1:]}").requires_grad_(False)
     if used and isinstance(top, LastLevelP6P7):
         *_, p6, p7 = backbone.output_shape()
         if p7 not in used:

@@ -19,7 +19,7 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from .backbones import build_fpn
+from .backbones import build_fpn, finest_stride
 
 _PACKAGE = "package:"
 _NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
@@ -31,15 +31,16 @@ class TimmBackbone(Backbone):
 
     Args:
         name: a name of timm's models, with a pretrained tag (``resnet18.tv_in1k``) or without.
-        out_indices: which of its stages, finest first; those of stride 4, 8, 16 and 32 by default. Their strides must
-            double from one to the next.
+        out_indices: which of its stages, finest first, by timm's numbers; those of ``finest`` stride and coarser by
+            default. Their strides must double from one to the next.
         norm: what its batch norms are: "BN", "FrozenBN", "SyncBN" or "GN". Other norms stay as they are.
         weights: see :func:`read_weights`.
         freeze_at: as MODEL.BACKBONE.FREEZE_AT of Detectron2's ResNet: 0 freezes nothing, 1 the first convolution
             and its norm, k all up to the (k - 1)th of the stages. Their batch norms become FrozenBN.
+        finest: the finest stride by default.
 
     Raises:
-        DistillError: no such network, stages or weights, or the strides do not double.
+        DistillError: no such network, stages or weights, the strides do not double, or it takes images of one size.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class TimmBackbone(Backbone):
         norm: str = "FrozenBN",
         weights: str = "",
         freeze_at: int = 0,
+        finest: int = 4,
     ) -> None:
         super().__init__()
         if norm not in _NORMS:
             raise DistillError(f"MODEL.TIMM.NORM is {norm!r}: expected one of {', '.join(_NORMS)}.")
-        network = _build_features(name, out_indices, weights)
+        network = _build_features(name, out_indices, weights, finest)
         self._is_nhwc = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
         info = network.feature_info
         self.strides: list[int] = list(info.reduction())
@@ -65,7 +67,13 @@ class TimmBackbone(Backbone):
         self._out_features = [f"c{int(math.log2(stride))}" for stride in self.strides]
         self._out_feature_strides = dict(zip(self._out_features, self.strides))
         self._out_feature_channels = dict(zip(self._out_features, info.channels()))
-        _drop_unused(network)
+        try:
+            _drop_unused(network)
+        except (RuntimeError, AssertionError) as error:  # of the probe
+            raise DistillError(
+                f"MODEL.TIMM.NAME: {name} cannot take images of {_PROBE}x{_PROBE} pixels ({error}); a detector needs a "
+                "network that takes any size."
+            ) from error
         _freeze(network, freeze_at, len(self.strides))
         self.body = _with_norm(network, norm)
 
@@ -146,19 +154,24 @@ def _create(name: str, **settings: Any) -> nn.Module:
         return timm.create_model(name, **settings)
 
 
-def _build_features(name: str, out_indices: Sequence[int], weights: str) -> nn.Module:
+def _stages(name: str, **settings: Any) -> nn.Module:
     try:
-        strides = _create(name, features_only=True).feature_info.reduction()
+        return _create(name, features_only=True, **settings)
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise DistillError(f"MODEL.TIMM.NAME: timm has no stages of {name}: {error}") from error
-    indices = list(out_indices) or [i for i, stride in enumerate(strides) if stride >= 4]
-    if not indices or not set(indices) <= set(range(len(strides))):
+
+
+def _build_features(name: str, out_indices: Sequence[int], weights: str, finest: int) -> nn.Module:
+    info = _stages(name).feature_info
+    strides = dict(zip(info.out_indices, info.reduction()))  # most networks count from 0, some from 1
+    indices = list(out_indices) or [i for i, stride in strides.items() if stride >= finest]
+    if not indices or not set(indices) <= set(strides):
         raise DistillError(
-            f"MODEL.TIMM.OUT_INDICES is {list(out_indices)}: {name} has the stages 0 to {len(strides) - 1}, of strides "
-            f"{strides}."
+            f"MODEL.TIMM.OUT_INDICES is {list(out_indices)}: {name} has the stages {', '.join(map(str, strides))}, of "
+            f"strides {', '.join(map(str, strides.values()))}."
         )
     if not weights:
-        return _create(name, features_only=True, out_indices=indices)
+        return _stages(name, out_indices=indices)
     if os.path.isfile(weights) or weights.startswith(_PACKAGE):
         # checked against the whole network, which timm's stages are then cut out of
         state = read_weights(weights, name)
@@ -168,7 +181,7 @@ def _build_features(name: str, out_indices: Sequence[int], weights: str) -> nn.M
         except RuntimeError as error:
             raise DistillError(f"MODEL.TIMM.WEIGHTS: {weights!r} does not fit {name}: {error}") from error
         return _cut(whole, name, indices)
-    tagged = name if "." in name else f"{name}.{weights}"
+    tagged = f"{name.partition('.')[0]}.{weights}"
     try:
         return _create(tagged, features_only=True, out_indices=indices, pretrained=True)
     except Exception as error:  # a wrong tag, a failed download
@@ -202,8 +215,8 @@ def _freeze(network: nn.Module, freeze_at: int, num_stages: int) -> None:
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}; with {num_stages} stages it can be 0 to {num_stages + 1}."
         )
     if freeze_at == 1:
-        stem = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][:2]
-        for module in stem[: 1 + isinstance(stem[1], nn.BatchNorm2d)]:
+        first, *others = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+        for module in (first, *(m for m in others[:1] if isinstance(m, nn.BatchNorm2d))):
             module.requires_grad_(False)
     elif freeze_at > 1:
         for weight in _used_weights(network, slice(freeze_at - 2, freeze_at - 1)):
@@ -273,6 +286,6 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     node = cfg.MODEL.TIMM
     bottom_up = TimmBackbone(
-        node.NAME, node.OUT_INDICES, node.NORM, node.WEIGHTS, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
+        node.NAME, node.OUT_INDICES, node.NORM, node.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT, finest_stride(cfg)
     )
     return build_fpn(cfg, bottom_up)

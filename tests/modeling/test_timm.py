@@ -16,7 +16,15 @@ from distill.modeling import TimmBackbone, timm_weights
 from distill.modeling.checkpoint import load_detector
 from distill.modeling.timm_weights import check_backbone, convert_resnet
 from distill.recipes import YamlRecipe
-from tests.helpers import FULL_WIDTH, detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
+from tests.helpers import (
+    FULL_WIDTH,
+    aligned_cfg,
+    detector_cfg,
+    distillation_cfg,
+    random_batch,
+    run_script,
+    write_teacher,
+)
 
 FAMILIES = [
     "mobilenetv2_035",
@@ -169,7 +177,7 @@ def test_weights_inside_a_package(tmp_path, monkeypatch):
 def test_bad_settings_are_named(tmp_path):
     for settings, message in [
         ({"name": "efficientnet_lit0"}, "which timm does not know. It has, for example: .*efficientnet_lite0"),
-        ({"name": "resnet18", "out_indices": [7]}, r"OUT_INDICES is \[7\]: resnet18 has the stages 0 to 4, of strides"),
+        ({"name": "resnet18", "out_indices": [7]}, r"OUT_INDICES is \[7\]: resnet18 has the stages 0, 1, 2, 3, 4, of"),
         ({"name": "resnet18", "out_indices": [1, 3]}, "an FPN needs each to be twice the one before"),
         ({"name": "resnet18", "norm": "LN"}, "MODEL.TIMM.NORM is 'LN': expected one of BN, FrozenBN, SyncBN, GN"),
         ({"name": "resnet18", "freeze_at": 6}, "FREEZE_AT is 6; with 4 stages it can be 0 to 5"),
@@ -301,3 +309,59 @@ def test_what_lies_behind_the_last_stage_is_dropped(name):
 def _all_but_the_last(name):
     strides = timm.create_model(name, features_only=True).feature_info.reduction()
     return [index for index, stride in enumerate(strides) if 4 <= stride < 32]
+
+
+def without_gradient(cfg):
+    model = Trainer.build_model(YamlRecipe(cfg)).train()
+    sum(model(random_batch((64, 96), (61, 75))).values()).backward()
+    return model, [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("indices, levels", [([], "34567"), ([1, 2, 3, 4], "234567")])
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_a_dense_head_begins_where_its_levels_do(kind, indices, levels):
+    cfg = timm_cfg("mobilenetv3_small_050", kind, dense_indices=indices)
+    cfg.MODEL.FCOS.NORM = ""
+    model, idle = without_gradient(cfg)
+    assert list(model.backbone.output_shape()) == [f"p{level}" for level in levels] and not idle
+    frozen = {key for key, p in model.backbone.named_parameters() if not p.requires_grad}
+    assert {key.partition(".")[0] for key in frozen} == ({"fpn_lateral2", "fpn_output2"} if indices else set())
+
+
+def test_a_multi_scale_teacher_begins_one_level_finer():
+    cfg = aligned_cfg("fcos", **{"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone"})
+    cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.NORM = "mobilenetv3_small_050", "BN"
+    model, idle = without_gradient(cfg)
+    assert next(iter(model.detector.backbone.fpn.output_shape())) == "p2" and not idle
+    assert model.detector.backbone.fpn.fpn_output2.weight.requires_grad
+
+
+def test_stages_have_timms_numbers():
+    assert TimmBackbone("dla34").strides == [4, 8, 16, 32]
+    assert TimmBackbone("dla34", [3, 4, 5]).strides == [8, 16, 32]
+    with pytest.raises(DistillError, match=r"is \[6\]: dla34 has the stages 1, 2, 3, 4, 5, of strides 2, 4"):
+        TimmBackbone("dla34", [6])
+
+
+@pytest.mark.parametrize("weights", ["nowhere.pth", "a1_in1k"])
+def test_given_weights_count_and_not_the_names_tag(weights, monkeypatch):
+    asked = []
+    create = timm.create_model
+
+    def recording(name, pretrained=False, **settings):
+        asked.extend([name] if pretrained else [])
+        if pretrained:
+            raise RuntimeError("no network")
+        return create(name, **settings)
+
+    monkeypatch.setattr(timm, "create_model", recording)
+    with pytest.raises(DistillError, match=f"WEIGHTS is '{weights}': timm cannot load resnet18.{weights}"):
+        TimmBackbone("resnet18.tv_in1k", weights=weights)
+    assert set(asked) == {f"resnet18.{weights}"}
+
+
+def test_a_network_with_one_convolution_is_frozen_and_one_of_a_single_size_is_refused():
+    body = TimmBackbone("swin_tiny_patch4_window7_224", freeze_at=1).body
+    assert not body.patch_embed.proj.weight.requires_grad and body.layers_0.blocks[0].norm1.weight.requires_grad
+    with pytest.raises(DistillError, match="levit_128s cannot take images of 64x64 pixels"):
+        TimmBackbone("levit_128s")
