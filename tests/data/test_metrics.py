@@ -10,8 +10,9 @@ from detectron2.structures import Boxes, Instances
 from distill.data import register_from_config
 from distill.errors import DistillError
 from distill.evaluation import build_evaluator
-from tests.data.test_formats import H, W, draw, write_yolo, xml
+from tests.data.test_formats import H, W, draw, xml
 from tests.data.test_register import unregister  # noqa: F401  a fixture
+from tests.data.test_yolo import write_yolo
 from tests.helpers import detector_cfg, set_all
 
 BOXES = {"a": [4, 6, 20, 16], "b": [1, 2, 30, 22], "c": [10, 3, 25, 29]}

@@ -178,7 +178,11 @@ def _without_column(line: str, stems: set[str]) -> str:
     candidates = [line, first.strip()] if last in ("-1", "0", "1") and first else [line]
     for candidate in candidates:
         path = Path(candidate)
-        for stem in (candidate, path.name, path.stem if path.suffix.lower() in IMAGE_TYPES else ""):
+        names = [candidate, path.name]
+        if path.suffix.lower() in IMAGE_TYPES:
+            below = path.with_suffix("").as_posix()
+            names = [candidate, below, below.removeprefix("data/"), path.name, path.stem]  # CVAT's begin with data/
+        for stem in names:
             if stem in stems:
                 return stem
     return candidates[-1]

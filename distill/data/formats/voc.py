@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from detectron2.structures import BoxMode
 
-from .source import Fault, Source, absolute, check_classes, find_images, given_classes, require, select
+from .source import IMAGE_TYPES, Fault, Source, absolute, check_classes, find_images, given_classes, require, select
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -40,7 +40,8 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
     )
     standard = folder / "JPEGImages"
     expected = standard if standard.is_dir() else folder
-    images = find_images([standard, folder, *sorted(p for p in folder.iterdir() if p.is_dir())])
+    others = sorted(p for p in folder.iterdir() if p.is_dir())
+    images = {**_below(standard, IMAGE_TYPES), **find_images([standard, folder, *others])}
     lists = folder / "ImageSets" / "Main"
     # of a flat folder what is annotated: an image without an XML file has not been looked at
     stems = select(name, split, list(annotations), lists if lists.is_dir() else folder)
@@ -64,11 +65,16 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
 
 
 def _annotations(folder: Path) -> dict[str, Path]:
-    for place in (folder / "Annotations", folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        found = {path.stem: path for path in sorted(place.glob("*.xml"))} if place.is_dir() else {}
-        if found:
-            return found
-    return {}
+    found = _below(folder / "Annotations", (".xml",))
+    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        found = found or {path.stem: path for path in sorted(place.glob("*.xml"))}
+    return found
+
+
+def _below(folder: Path, types: Sequence[str]) -> dict[str, Path]:
+    """Files by their name in PASCAL VOC's layout, which CVAT writes with the folders that images lay in."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in types) if folder.is_dir() else []
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 
 def _parse(path: Path) -> ElementTree.Element | None:

@@ -1,6 +1,7 @@
 """YOLO's text files: by a data.yaml (Ultralytics, Roboflow, CVAT), or in a folder with a list of classes (LabelImg,
 Label Studio, CVAT's "YOLO 1.1")."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ _CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
 
 
 def read_yolo(name: str, root: str, split: str) -> Source:
-    """Reads a data set of text files, one an image: ``class x y w h`` in shares of the image, or a polygon.
+    """Reads a data set of text files, one an image: ``class x y w h`` in shares of the image, or a polygon. Keypoints
+    behind a box, which a ``data.yaml`` with ``kpt_shape`` has, are left out.
 
     Args:
         name: of the data set, for errors.
@@ -33,14 +35,18 @@ def read_yolo(name: str, root: str, split: str) -> Source:
     require(path.exists(), name, f"'{root}' does not exist: expected a data.yaml, or a folder.")
     if path.is_dir() and (path / "data.yaml").is_file():
         path = path / "data.yaml"
-    classes, images = _from_folder(name, path, split) if path.is_dir() else _from_yaml(name, path, split)
+    num_extra = 0
+    if path.is_dir():
+        classes, images = _from_folder(name, path, split)
+    else:
+        classes, images, num_extra = _from_yaml(name, path, split)
     check_classes(name, classes)
     require(bool(images), name, f"the split {split!r} has no image ({', '.join(IMAGE_TYPES)}).")
     source = Source(classes, [], "coco")
     for index, image in enumerate(images):
         record = {"file_name": absolute(image), "image_id": index + 1, "height": 0, "width": 0, "annotations": []}
         source.records.append(record)
-        _read_labels(source, record, _label_file(image))
+        _read_labels(source, record, _label_file(image), num_extra)
     masks = [a for r in source.records for a in r["annotations"] if "segmentation" in a]
     if len(masks) < sum(len(r["annotations"]) for r in source.records):
         for annotation in masks:  # a polygon here and there is no data set of masks
@@ -48,12 +54,14 @@ def read_yolo(name: str, root: str, split: str) -> Source:
     return source
 
 
-def _from_yaml(name: str, path: Path, split: str) -> tuple[list[str], list[Path]]:
+def _from_yaml(name: str, path: Path, split: str) -> tuple[list[str], list[Path], int]:
+    """Classes, images, and how many numbers follow a box."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         names = content["names"]
         classes = [str(names[key]) for key in sorted(names)] if isinstance(names, dict) else [str(n) for n in names]
         is_dense = not isinstance(names, dict) or sorted(names) == list(range(len(names)))
+        num_extra = math.prod(int(n) for n in content["kpt_shape"]) if content.get("kpt_shape") else 0
     except yaml.YAMLError as error:
         require(False, name, f"'{path}' is not YAML: {error}.")
     except (KeyError, TypeError, ValueError) as error:
@@ -73,7 +81,7 @@ def _from_yaml(name: str, path: Path, split: str) -> tuple[list[str], list[Path]
     base = path.parent / str(content.get("path") or "")
     base = base if base.is_dir() else path.parent  # where it was written for another machine
     places = content[split] if isinstance(content[split], list) else [content[split]]
-    return classes, [image for place in places for image in _images_of(name, base, str(place))]
+    return classes, [image for place in places for image in _images_of(name, base, str(place))], num_extra
 
 
 def _images_of(name: str, base: Path, place: str) -> list[Path]:
@@ -122,7 +130,7 @@ def _label_file(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _read_labels(source: Source, record: dict, path: Path) -> None:
+def _read_labels(source: Source, record: dict, path: Path, num_extra: int) -> None:
     if not path.is_file():
         return
     try:
@@ -132,6 +140,8 @@ def _read_labels(source: Source, record: dict, path: Path) -> None:
     for line in lines:
         try:
             number, *values = (float(text) for text in line.split())
+            if num_extra and len(values) == 4 + num_extra:
+                del values[4:]
             is_box = len(values) == 4
             is_polygon = len(values) >= 6 and len(values) % 2 == 0
             if not (is_box or is_polygon) or any(abs(value) > 2 for value in values):  # pixels
