@@ -8,6 +8,7 @@ python train_net.py --config-file CONFIG --eval-only --eval-teacher
 A config that ends in .py is a LazyConfig, with overrides as key=value.
 """
 
+import contextlib
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
@@ -17,7 +18,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from distill.config import check_output_dir, check_solver
+from distill.config import check_output_dir, check_solver, records_kept
 from distill.data import check_datasets, register_from_config
 from distill.engine import Trainer, evaluate_student, evaluate_teacher, launch
 from distill.errors import DistillError
@@ -79,7 +80,8 @@ def setup(args: Namespace) -> Recipe:
         check_solver(cfg, comm.get_world_size())
     check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
-    recipe.setup(args)
+    with records_kept(cfg.OUTPUT_DIR) if args.eval_only or args.eval_teacher else contextlib.nullcontext():
+        recipe.setup(args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     if on_cpu:
         logger.info("No CUDA GPU is available: running on the CPU.")

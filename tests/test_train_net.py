@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,8 +269,10 @@ def test_trains_and_evaluates_mask_rcnn_on_coco_mini_and_evaluates_the_checkpoin
     # the teacher is gone: evaluating a student does not need it
     (tmp_path / "teacher.pth").unlink()
     (tmp_path / "teacher.yaml").unlink()
+    record = Path(config).read_text()
     results = run_script("train_net.py", "--eval-only", "--config-file", config, "MODEL.WEIGHTS", weights)
     assert results.returncode == 0, results.stderr[-3000:]
+    assert Path(config).read_text() == record  # which starts the training again
     copied = [line for line in results.stdout.splitlines() if "copypaste: " in line and "," in line]
     values = [[float(v) for v in line.rsplit(" ", 1)[1].split(",")] for line in copied if "AP" not in line]
     assert values[0][0] == pytest.approx(trained["bbox/AP"], abs=1e-4)

@@ -25,7 +25,7 @@ from markupsafe import Markup
 from PIL import Image
 from report_parts.costs import cost_table
 from report_parts.curves import draw_run
-from report_parts.pictures import COLORS, read_test_set, show_examples
+from report_parts.pictures import COLORS, class_numbers, read_test_set, show_examples
 from report_parts.reading import Metric, Run, Scores, TeacherOf
 from report_parts.tables import describe, facts_table, score_tables, short_path, signed
 from torch import nn
@@ -105,9 +105,15 @@ class Report:
             return {"examples": [], "problem": self._missing[name]}
         is_taught = self.teacher is not None and "teacher" in self._models
         teacher = (self.teacher.recipe, self._models["teacher"]) if is_taught else None
+        note = (self._missing.get("teacher") or self.teacher.problem) if self.teacher and not teacher else ""
         try:
             dataset, records = read_test_set(self.run)
             used = records[:max_images]
+            if teacher:
+                try:
+                    class_numbers(self.run, self.teacher.recipe)
+                except DistillError as error:  # its detections cannot be compared
+                    teacher, note = None, str(error)
             examples = show_examples(self.run, self._models[name], teacher, used, number, min_score)
         except DistillError as error:
             return {"examples": [], "problem": str(error)}
@@ -119,7 +125,7 @@ class Report:
             "dataset": dataset,
             "number": len(used),
             "min_score": min_score,
-            "note": (self._missing.get("teacher") or self.teacher.problem) if self.teacher and not teacher else "",
+            "note": note,
         }
 
     def costs(self, rounds: int) -> dict:

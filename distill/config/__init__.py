@@ -1,6 +1,6 @@
 """Config keys, and how config files are read."""
 
-from .checks import auto_scale_workers, check_output_dir, check_solver
+from .checks import auto_scale_workers, check_output_dir, check_solver, records_kept
 from .defaults import add_distill_config, add_weight_config
 from .lazy import load_lazy_config, override, write_record
 from .loading import (
@@ -34,6 +34,7 @@ __all__ = [
     "num_classes",
     "override",
     "plain_config",
+    "records_kept",
     "resolve_config_file",
     "slim_config",
     "student_config",

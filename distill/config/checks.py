@@ -1,10 +1,14 @@
 """Checks of numbers and folders before anything is built, and how schedules scale with the number of processes."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
 
 from ..errors import DistillError
 
@@ -62,6 +66,24 @@ def check_output_dir(folder: str) -> None:
         raise DistillError(
             f"OUTPUT_DIR is {folder!r}, which cannot be written: {error}. Name a folder that you may write to."
         ) from error
+
+
+@contextlib.contextmanager
+def records_kept(folder: str) -> Iterator[None]:
+    """Keeps a training's config from being written over by that of an evaluation: it is what starts the run again.
+
+    Args:
+        folder: OUTPUT_DIR.
+    """
+    names = ("config.yaml", "config.py") if comm.is_main_process() else ()
+    kept = {path: path.read_bytes() for name in names if (path := Path(folder, name)).is_file()}
+    try:
+        yield
+    finally:
+        for path, content in kept.items():
+            temporary = path.with_suffix(".tmp")  # then renamed: another process may be reading the file
+            temporary.write_bytes(content)
+            temporary.replace(path)
 
 
 def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, ROIMasks
 from torch import Tensor, nn
 
 from ..errors import DistillError
@@ -48,7 +48,7 @@ class DeployedDetector(nn.Module):
         for item in batched_inputs:
             instances = self.detect(item["image"])
             height, width = (item.get(key, side) for key, side in zip(("height", "width"), instances.image_size))
-            results.append({"instances": detector_postprocess(instances, height, width)})
+            results.append({"instances": _postprocess(instances, height, width)})
         return results
 
     @torch.no_grad()
@@ -68,6 +68,21 @@ class DeployedDetector(nn.Module):
         fields = dict(zip(self.metadata.outputs, outputs))
         fields["pred_boxes"] = Boxes(fields["pred_boxes"])
         return Instances(tuple(image.shape[-2:]), **fields)
+
+
+def _postprocess(instances: Instances, height: int, width: int) -> Instances:
+    """Detectron2's, with masks pasted into boxes as the file has them: of a fixed size, both may end in the padding."""
+    if not instances.has("pred_masks"):
+        return detector_postprocess(instances, height, width)
+    own_height, own_width = instances.image_size
+    boxes, masks = instances.pred_boxes.clone(), ROIMasks(instances.pred_masks[:, 0])
+    boxes.scale(width / own_width, height / own_height)
+    instances.remove("pred_masks")
+    instances.number = torch.arange(len(instances), device=boxes.device)
+    found = detector_postprocess(instances, height, width)  # boxes without an area are dropped
+    found.pred_masks = masks[found.number].to_bitmasks(boxes[found.number], height, width).tensor
+    found.remove("number")
+    return found
 
 
 def pad_image(image: Tensor, metadata: FileMetadata) -> Tensor:

@@ -10,7 +10,15 @@ import torch
 from detectron2.modeling import build_model
 
 from distill.errors import DistillError
-from distill.export import FileMetadata, eager_detector, load_deployed, output_names, pad_image, raw_outputs
+from distill.export import (
+    DeployedDetector,
+    FileMetadata,
+    eager_detector,
+    load_deployed,
+    output_names,
+    pad_image,
+    raw_outputs,
+)
 from distill.export import deployed as deployed_module
 from distill.export.tracing import write_onnx, write_torchscript
 from tests.helpers import DETECTORS, NUM_CLASSES, detector_cfg
@@ -145,6 +153,20 @@ def test_an_image_without_detections(tmp_path, suffix):
     detector = write(model, tmp_path / f"model.{suffix}")
     found = detector([{"image": image_of(64, 64), "height": 32, "width": 48}])[0]["instances"]
     assert len(found) == 0 and found.pred_masks.shape == (0, 32, 48)
+
+
+def test_a_mask_that_ends_in_the_padding_is_not_squeezed():
+    grid = torch.zeros(1, 1, 28, 28)
+    grid[..., :14] = 1
+    found = torch.tensor([[40.0, 10, 100, 30]]), torch.tensor([0]), grid, torch.tensor([0.9])
+    metadata = describe_file(["pred_boxes", "pred_classes", "pred_masks", "scores"], size=[96, 128])
+    detector = DeployedDetector(lambda image: found, metadata)
+    for width, first, last in ((80, 40, 70), (160, 80, 140)):  # of the result: the image's, and twice that
+        (result,) = detector([{"image": image_of(60, 80), "height": 60, "width": width}])
+        (mask,) = result["instances"].pred_masks
+        columns = mask.any(0).nonzero()[:, 0].tolist()
+        assert columns == list(range(first, last)) and mask.shape == (60, width)
+        assert result["instances"].pred_boxes.tensor[0, 2] == width  # clipped
 
 
 def test_metadata_is_read_without_this_package(tmp_path, models):

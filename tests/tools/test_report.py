@@ -312,6 +312,21 @@ def test_a_box_takes_the_free_one_of_its_class_that_overlaps_most(tools):
     assert pictures.match(first, second) == {1: 0, 0: 1}  # the surer one first: IoU 0.9 and 0.89
 
 
+def test_images_are_shown_beside_the_truth_where_the_teachers_classes_are_others(runs, tools, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(runs / "teacher", teacher)
+    other = detector_cfg("retinanet", **{"MODEL.RETINANET.NUM_CLASSES": 5})
+    (teacher / "config.yaml").write_text(other.dump())
+    torch.save({"model": build_model(other).state_dict()}, teacher / "model_final.pth")
+    shutil.copytree(runs / "distilled", tmp_path / "distilled")
+    config = tmp_path / "distilled" / "config.yaml"
+    config.write_text(config.read_text().replace(str(runs / "teacher"), str(teacher)))
+    result = make(tmp_path / "distilled", "--min-score", "0.1", output=tmp_path / "page.html")
+    assert result.returncode == 0, result.stderr[-3000:]
+    page = Page((tmp_path / "page.html").read_text())
+    assert len(page.images) == 2 * 2 and "The teacher is not shown." in page.words
+
+
 def test_records_of_several_runs_in_one_file(tools):
     merge, parse = tools["reading"].merge_records, tools["reading"].parse_scores
     records = [{"iteration": i, "total_loss": float(i)} for i in (19, 39, 59)]
