@@ -147,12 +147,13 @@ def test_features_that_are_not_finite_are_named():
         find_prototypes(instances, "p2", 1, {}, torch.device("cpu"))
 
 
-def test_crowds_alone_are_a_warning(tmp_path, caplog):
+def test_crowds_and_a_small_object_alone_are_a_warning(tmp_path, caplog):
     cfg = make_cfg(tmp_path, "crowds", **{"DATALOADER.FILTER_EMPTY_ANNOTATIONS": False})
     path = tmp_path / "crowds" / "annotations.json"
     content = json.loads(path.read_text())
-    for x in content["annotations"]:
+    for x in content["annotations"][1:]:
         x["iscrowd"] = 1
+    content["annotations"][0]["bbox"] = [8, 8, 4, 4]
     path.write_text(json.dumps(content))
     trainer = train(cfg)
     assert trainer.iter == 4 and any("No class has a prototype" in record.getMessage() for record in caplog.records)
