@@ -4,7 +4,14 @@ import pytest
 import yaml
 from detectron2.config import get_cfg
 
-from distill.config import add_distill_config, load_config, merge_distill_node, plain_config, student_config
+from distill.config import (
+    add_distill_config,
+    load_config,
+    merge_distill_node,
+    plain_config,
+    records_kept,
+    student_config,
+)
 from distill.errors import DistillError
 from tests.helpers import detector_cfg, distillation_cfg
 
@@ -135,3 +142,14 @@ def test_plain_config_is_one_that_plain_detectron2_reads(tmp_path):
 def test_student_config_leaves_a_plain_config_as_it_is():
     cfg = detector_cfg("retinanet")
     assert student_config(cfg) == cfg
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.py"])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_an_evaluation_keeps_the_record_of_a_training(tmp_path, name, is_training):
+    (tmp_path / name).write_text("training")
+    if is_training:
+        (tmp_path / "metrics.json").touch()
+    with records_kept(str(tmp_path)):
+        (tmp_path / name).write_text("evaluation")
+    assert (tmp_path / name).read_text() == ("training" if is_training else "evaluation")

@@ -70,12 +70,14 @@ def check_output_dir(folder: str) -> None:
 
 @contextlib.contextmanager
 def records_kept(folder: str) -> Iterator[None]:
-    """Keeps a training's config from being written over by that of an evaluation: it is what starts the run again.
+    """Keeps a training's config from being written over by that of an evaluation: it is what starts the run again. In a
+    folder without a training nothing is kept.
 
     Args:
         folder: OUTPUT_DIR.
     """
-    names = ("config.yaml", "config.py") if comm.is_main_process() else ()
+    is_training = comm.is_main_process() and Path(folder, "metrics.json").is_file()
+    names = ("config.yaml", "config.py") if is_training else ()
     kept = {path: path.read_bytes() for name in names if (path := Path(folder, name)).is_file()}
     try:
         yield

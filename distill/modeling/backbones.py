@@ -44,21 +44,6 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     )
 
 
-def finest_stride(cfg: CfgNode) -> int:
-    """The stride of the finest level that a dense detector takes, one finer around an AlignedTeacher; of others, 4.
-
-    Args:
-        cfg: the full config.
-
-    Returns:
-        The stride, in pixels.
-    """
-    kind = cfg.MODEL.META_ARCHITECTURE.upper()
-    levels = cfg.MODEL[kind].IN_FEATURES if kind in ("RETINANET", "FCOS") else ["p2"]
-    numbers = [int(level[1:]) for level in levels if level[:1] == "p" and level[1:].isdigit()]
-    return 2 ** (min(numbers, default=2) - (cfg.MODEL.BACKBONE.NAME == "build_aligned_backbone"))
-
-
 @BACKBONE_REGISTRY.register()
 def build_slimmable_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Detectron2's ResNet with an FPN, all of the ResNet's widths multiplied by MODEL.RESNETS.WIDTH_MULT.
@@ -95,12 +80,13 @@ def freeze_unused_levels(detector: nn.Module, compared: Sequence[str] = ()) -> N
     backbone = getattr(whole, "fpn", whole)
     top = getattr(backbone, "top_block", None)
     used = [*compared, *getattr(detector, "head_in_features", [])]
-    for part in ("proposal_generator", "roi_heads"):
+    for part in ("proposal_generator", "roi_heads", "sem_seg_head"):
         used += getattr(getattr(detector, part, None), "in_features", [])
     if used and isinstance(whole, FPN):  # an AlignedBackbone's half-size image takes the finest, too
         for level in itertools.takewhile(lambda level: level not in used, backbone.output_shape()):
             for part in ("lateral", "output"):
-                getattr(backbone, f"fpn_{part}{level[1:]}").requires_grad_(False)
+                if (conv := getattr(backbone, f"fpn_{part}{level[1:]}", None)) is not None:  # not of p6
+                    conv.requires_grad_(False)
     if used and isinstance(top, LastLevelP6P7):
         *_, p6, p7 = backbone.output_shape()
         if p7 not in used:

@@ -19,7 +19,7 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from .backbones import build_fpn, finest_stride
+from .backbones import build_fpn
 
 _PACKAGE = "package:"
 _NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
@@ -31,13 +31,12 @@ class TimmBackbone(Backbone):
 
     Args:
         name: a name of timm's models, with a pretrained tag (``resnet18.tv_in1k``) or without.
-        out_indices: which of its stages, finest first, by timm's numbers; those of ``finest`` stride and coarser by
-            default. Their strides must double from one to the next.
+        out_indices: which of its stages, finest first, by timm's numbers; those of stride 4, 8, 16 and 32
+            by default. Their strides must double from one to the next.
         norm: what its batch norms are: "BN", "FrozenBN", "SyncBN" or "GN". Other norms stay as they are.
         weights: see :func:`read_weights`.
         freeze_at: as MODEL.BACKBONE.FREEZE_AT of Detectron2's ResNet: 0 freezes nothing, 1 the first convolution
             and its norm, k all up to the (k - 1)th of the stages. Their batch norms become FrozenBN.
-        finest: the finest stride by default.
 
     Raises:
         DistillError: no such network, stages or weights, the strides do not double, or it takes images of one size.
@@ -50,12 +49,11 @@ class TimmBackbone(Backbone):
         norm: str = "FrozenBN",
         weights: str = "",
         freeze_at: int = 0,
-        finest: int = 4,
     ) -> None:
         super().__init__()
         if norm not in _NORMS:
             raise DistillError(f"MODEL.TIMM.NORM is {norm!r}: expected one of {', '.join(_NORMS)}.")
-        network = _build_features(name, out_indices, weights, finest)
+        network = _build_features(name, out_indices, weights)
         self._is_nhwc = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
         info = network.feature_info
         self.strides: list[int] = list(info.reduction())
@@ -161,10 +159,10 @@ def _stages(name: str, **settings: Any) -> nn.Module:
         raise DistillError(f"MODEL.TIMM.NAME: timm has no stages of {name}: {error}") from error
 
 
-def _build_features(name: str, out_indices: Sequence[int], weights: str, finest: int) -> nn.Module:
+def _build_features(name: str, out_indices: Sequence[int], weights: str) -> nn.Module:
     info = _stages(name).feature_info
     strides = dict(zip(info.out_indices, info.reduction()))  # most networks count from 0, some from 1
-    indices = list(out_indices) or [i for i, stride in strides.items() if stride >= finest]
+    indices = list(out_indices) or [i for i, stride in strides.items() if stride >= 4]
     if not indices or not set(indices) <= set(strides):
         raise DistillError(
             f"MODEL.TIMM.OUT_INDICES is {list(out_indices)}: {name} has the stages {', '.join(map(str, strides))}, of "
@@ -286,6 +284,6 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     node = cfg.MODEL.TIMM
     bottom_up = TimmBackbone(
-        node.NAME, node.OUT_INDICES, node.NORM, node.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT, finest_stride(cfg)
+        node.NAME, node.OUT_INDICES, node.NORM, node.WEIGHTS, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
     )
     return build_fpn(cfg, bottom_up)

@@ -176,6 +176,9 @@ def test_cvats_folders_below_the_layouts(tmp_path):
     lists = tmp_path / "ImageSets" / "Main"
     lists.mkdir(parents=True)
     (lists / "default.txt").write_text("one/a\ntwo/a\n")
+    stray = tmp_path / "Annotations" / ".ipynb_checkpoints" / "b-checkpoint.xml"
+    stray.parent.mkdir()
+    stray.write_text(xml(name="old"))
     source = checked(read_voc("x", str(tmp_path), "default"))
     assert source.classes == ["one", "two"] and only_box(source, 1) == BOX
     assert [record["file_name"].split("JPEGImages/")[1] for record in source.records] == ["one/a.jpg", "two/a.jpg"]

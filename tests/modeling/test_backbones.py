@@ -1,11 +1,14 @@
 """Slimmed ResNets."""
 
+from types import SimpleNamespace
+
 import pytest
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from distill.config import plain_config
 from distill.errors import DistillError
+from distill.modeling.backbones import freeze_unused_levels
 from tests.helpers import detector_cfg
 
 SLIM = {"MODEL.BACKBONE.NAME": "build_slimmable_resnet_fpn_backbone", "MODEL.RESNETS.RES2_OUT_CHANNELS": 256}
@@ -42,3 +45,13 @@ def test_a_slim_student_leaves_as_a_plain_resnet(tmp_path):
     assert plain.MODEL.BACKBONE.NAME == "build_retinanet_resnet_fpn_backbone"
     ours = build_model(cfg)
     build_model(plain).load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("taken, is_trained", [([], False), (["p2"], True)])
+def test_a_first_level_is_frozen_unless_a_semantic_head_takes_it(taken, is_trained):
+    levels = {"MODEL.RPN.IN_FEATURES": ["p3", "p4", "p5", "p6"], "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"]}
+    model = build_model(detector_cfg("faster_rcnn", **levels, **{"MODEL.ANCHOR_GENERATOR.SIZES": [[32]]}))
+    model.sem_seg_head = SimpleNamespace(in_features=taken)
+    freeze_unused_levels(model)
+    trained = [model.backbone.fpn_lateral2.weight.requires_grad, model.backbone.fpn_output2.weight.requires_grad]
+    assert trained == [is_trained] * 2 and model.backbone.fpn_output3.weight.requires_grad

@@ -65,7 +65,12 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
 
 
 def _annotations(folder: Path) -> dict[str, Path]:
-    found = _below(folder / "Annotations", (".xml",))
+    images = _below(folder / "JPEGImages", IMAGE_TYPES)
+    found = {
+        stem: path
+        for stem, path in _below(folder / "Annotations", (".xml",)).items()
+        if "/" not in stem or stem in images
+    }
     for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
         found = found or {path.stem: path for path in sorted(place.glob("*.xml"))}
     return found
