@@ -31,17 +31,18 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
     require(folder.is_dir(), name, f"the folder '{root}' does not exist.")
     if not (folder / "ImageSets" / "Main").is_dir() and (folder / split).is_dir() and split not in ("", "."):
         folder, split = folder / split, "all"  # Roboflow's train, valid and test
-    annotations = _annotations(folder)
+    standard = folder / "JPEGImages"
+    nested = _below(standard, IMAGE_TYPES)
+    annotations = _annotations(folder, nested)
     require(
         bool(annotations),
         name,
         f"there is no XML file in '{folder}' or a folder below it: expected PASCAL VOC's layout (Annotations, "
         "ImageSets/Main, JPEGImages), or images and XML files in one folder or two.",
     )
-    standard = folder / "JPEGImages"
     expected = standard if standard.is_dir() else folder
     others = sorted(p for p in folder.iterdir() if p.is_dir())
-    images = {**_below(standard, IMAGE_TYPES), **find_images([standard, folder, *others])}
+    images = {**nested, **find_images([standard, folder, *others])}
     lists = folder / "ImageSets" / "Main"
     # of a flat folder what is annotated: an image without an XML file has not been looked at
     stems = select(name, split, list(annotations), lists if lists.is_dir() else folder)
@@ -64,8 +65,8 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
     return source
 
 
-def _annotations(folder: Path) -> dict[str, Path]:
-    images = _below(folder / "JPEGImages", IMAGE_TYPES)
+def _annotations(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
+    """XML files by their image's name; in folders below "Annotations", those of images in such folders alone."""
     found = {
         stem: path
         for stem, path in _below(folder / "Annotations", (".xml",)).items()
