@@ -168,8 +168,8 @@ def test_a_class_that_the_test_set_lacks_counts_not(tmp_path, unregister):  # no
 
 
 def test_cvats_folders_below_the_layouts(tmp_path):
-    for stem in ("one/a", "two/a"):
-        draw(tmp_path / "JPEGImages" / f"{stem}.jpg")
+    for stem, ending in (("one/a", "jpg"), ("two/a", "png")):
+        draw(tmp_path / "JPEGImages" / f"{stem}.{ending}")
         path = tmp_path / "Annotations" / f"{stem}.xml"
         path.parent.mkdir(parents=True)
         path.write_text(xml(name=stem[:3]))
@@ -181,7 +181,7 @@ def test_cvats_folders_below_the_layouts(tmp_path):
     stray.write_text(xml(name="old"))
     source = checked(read_voc("x", str(tmp_path), "default"))
     assert source.classes == ["one", "two"] and only_box(source, 1) == BOX
-    assert [record["file_name"].split("JPEGImages/")[1] for record in source.records] == ["one/a.jpg", "two/a.jpg"]
+    assert [record["file_name"].split("JPEGImages/")[1] for record in source.records] == ["one/a.jpg", "two/a.png"]
 
 
 # COCO

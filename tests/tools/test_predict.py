@@ -2,11 +2,13 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -65,7 +67,7 @@ def test_a_checkpoint_and_files_of_it_find_the_same(tmp_path):
             assert own["bbox"] == pytest.approx(theirs["bbox"], abs=1e-2)
 
 
-def test_images_are_seen_as_in_training_and_a_multi_scale_teacher_predicts(tmp_path):
+def test_images_are_seen_as_in_training_and_a_multi_scale_teacher_predicts(tmp_path, monkeypatch):
     cfg = aligned_cfg("fcos", **SIZES)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
@@ -76,6 +78,23 @@ def test_images_are_seen_as_in_training_and_a_multi_scale_teacher_predicts(tmp_p
     assert result.returncode == 0, result.stderr[-3000:]
     with Image.open(tmp_path / "drawn" / "1.png") as picture:
         assert 100 < np.asarray(picture.convert("L")).mean() < 155  # and not white
+
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    import predict as script
+
+    seen = []
+
+    def detect(batch):
+        seen.append(batch[0]["image"].float().mean())
+        found = Instances((64, 64), pred_boxes=Boxes(torch.empty(0, 4)), scores=torch.empty(0))
+        found.pred_classes = torch.empty(0, dtype=torch.long)
+        return [{"instances": found}]
+
+    _, mapper, names = script.load(str(tmp_path / "model.pth"), str(tmp_path / "config.yaml"), [])
+    monkeypatch.setattr(script, "load", lambda *args: (detect, mapper, names))
+    args = {"input": [str(tmp_path / "data")], "output": tmp_path / "again", "json": None, "min_score": 0.5}
+    script.predict(Namespace(weights="", config_file="", opts=[], **args))
+    assert 100 < seen[0] < 155
 
 
 def test_an_unreadable_image_does_not_stop_the_others(tmp_path):
