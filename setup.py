@@ -23,7 +23,7 @@ setup(
         "tqdm>=4.29,<5",  # progress of the search for prototypes; Detectron2 needs it itself
         "matplotlib>=3.5,<4",
         "timm>=1,<2",  # backbones; Detectron2's own ViT, Swin and MViT import it, too
-        "scikit-learn>=1.1,<2",  # its bundled digits and photographs make the digit_scenes data set
+        "scikit-learn>=1.1,<2",  # its bundled digits and photographs make the digit_scenes dataset
         # Detectron2's Visualizer, rotations and video code import cv2; headless, for no screen is needed
         "opencv-python-headless>=4.8,<6",
         "shapely>=2,<3",  # Detectron2 crops polygons with it (INPUT.CROP and the large-scale jitter, with masks)

@@ -40,7 +40,7 @@ def argument_parser() -> ArgumentParser:
 
 
 def setup(args: Namespace) -> Recipe:
-    """Reads the config, applies the arguments, registers the data sets, and checks what can be checked.
+    """Reads the config, applies the arguments, registers the datasets, and checks what can be checked.
 
     Args:
         args: the parsed command line.

@@ -1,4 +1,4 @@
-"""The evaluator of each kind of data set: Detectron2's own."""
+"""The evaluator of each kind of dataset: Detectron2's own."""
 
 import importlib.util
 import tempfile
@@ -39,19 +39,19 @@ _SOURCES = {"panopticapi": "git+https://github.com/cocodataset/panopticapi.git"}
 
 
 def check_evaluators(names: Sequence[str]) -> None:
-    """Checks that there is an evaluator for data sets.
+    """Checks that there is an evaluator for datasets.
 
     Args:
-        names: of registered data sets.
+        names: of registered datasets.
 
     Raises:
-        DistillError: a data set says none that is known, or one whose package is not installed.
+        DistillError: a dataset says none that is known, or one whose package is not installed.
     """
     for name in names:
         kind = MetadataCatalog.get(name).get("evaluator_type")
         if kind not in _TYPES:
             raise DistillError(
-                f"The data set {name} has the evaluator_type {kind!r}: expected one of {', '.join(_TYPES)} in its "
+                f"The dataset {name} has the evaluator_type {kind!r}: expected one of {', '.join(_TYPES)} in its "
                 "metadata."
             )
         for package in _TYPES[kind]:
@@ -67,7 +67,7 @@ def forget_cached(name: str, folder: str) -> None:
     annotations or images have changed since. All processes call it.
 
     Args:
-        name: a registered data set.
+        name: a registered dataset.
         folder: where the evaluator writes.
     """
     if MetadataCatalog.get(name).get("json_file"):  # which it reads instead
@@ -78,11 +78,11 @@ def forget_cached(name: str, folder: str) -> None:
 
 
 def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    """The evaluator of a data set's ``evaluator_type``, as in Detectron2's ``tools/train_net.py``.
+    """The evaluator of a dataset's ``evaluator_type``, as in Detectron2's ``tools/train_net.py``.
 
     Args:
         cfg: the config.
-        name: a registered data set.
+        name: a registered dataset.
         folder: where it writes.
 
     Returns:
@@ -120,7 +120,7 @@ class VOCEvaluator(DatasetEvaluator):
     folder of its own. A class without an object in the test set has no average precision, as in COCO's metric.
 
     Args:
-        name: a registered data set.
+        name: a registered dataset.
     """
 
     def __init__(self, name: str) -> None:

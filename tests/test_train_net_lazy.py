@@ -221,7 +221,7 @@ def fresh_heads(recipe, weights):
         (["SOLVER.MAX_ITER", "2"], "Cannot apply the override 'SOLVER.MAX_ITER'.*takes key=value"),
         (["model.roi_heads.num_classes=4"], "has 10 classes.*model.roi_heads.num_classes is 4"),
         (["model.roi_heads.strange=4"], "The model of .*mask_rcnn.py cannot be built: TypeError"),
-        (["dataloader.train.dataset.names=nowhere"], "Unknown data set 'nowhere' in "),
+        (["dataloader.train.dataset.names=nowhere"], "Unknown dataset 'nowhere' in "),
         (["train.init_checkpoint=/nowhere.pth"], "Cannot load '/nowhere.pth' into the model"),
         (["train.max_iter=abc"], "train.max_iter is 'abc' in .*expected a value of type int"),
         (["train.amp.enabled=maybe"], "train.amp.enabled is 'maybe' in .*expected a value of type bool"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks data sets as a training does, and draws twelve of their images, so that one sees the boxes where they belong.
+"""Checks datasets as a training does, and draws twelve of their images, so that one sees the boxes where they belong.
 
     python tools/check_data.py voc:/data/cells:trainval [coco:... yolo:...] [--check skip] [--output sheet.png]
 
@@ -26,10 +26,10 @@ NUM_DRAWN = 12
 
 
 def draw_sheet(name: str, path: Path) -> None:
-    """Draws images with their annotations, evenly spread over the data set.
+    """Draws images with their annotations, evenly spread over the dataset.
 
     Args:
-        name: a registered data set.
+        name: a registered dataset.
         path: the PNG to write.
     """
     records = DatasetCatalog.get(name)

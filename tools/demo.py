@@ -58,7 +58,7 @@ NUM_DRAWN, NUM_TIMED = 6, 20
 
 
 def photo_opts(train_set: str, test_set: str, opts: Sequence[str] = ()) -> list[str]:
-    """Registers data sets of the user's own.
+    """Registers datasets of the user's own.
 
     Args:
         train_set: to train on, such as ``voc:ROOT:SPLIT``, ``coco:JSON:IMAGE_ROOT`` or ``yolo:data.yaml:SPLIT``.
@@ -129,9 +129,9 @@ def draw(records: list[dict], detections: dict[str, list], metadata: Metadata, p
     """Draws images in rows: ground truth, and the detections of each model above MIN_SCORE.
 
     Args:
-        records: the images, in Detectron2's data set format.
+        records: the images, in Detectron2's dataset format.
         detections: for each model a list of ``Instances``, one per image.
-        metadata: of the data set, for the names of its classes.
+        metadata: of the dataset, for the names of its classes.
         path: the PNG to write.
     """
     columns = ["ground truth", *detections]
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="default: output/demo, output/demo_photos with --data"
     )
-    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="data sets of your own")
+    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="datasets of your own")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ..., for all trainings")
     args = parser.parse_args()
     output = (args.output or Path("output/demo_photos" if args.data else "output/demo")).resolve()

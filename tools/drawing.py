@@ -37,7 +37,7 @@ def true_boxes(record: dict) -> tuple[np.ndarray, list[int]]:
     """The annotated objects of an image, without crowds and those marked as difficult.
 
     Args:
-        record: in Detectron2's data set format.
+        record: in Detectron2's dataset format.
 
     Returns:
         Boxes ``[N, 4]`` as x0, y0, x1, y1, and their classes.

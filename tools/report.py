@@ -151,7 +151,7 @@ class Report:
 
 
 def _noise(folder: Path) -> dict:
-    """An image of noise in Detectron2's data set format."""
+    """An image of noise in Detectron2's dataset format."""
     pixels = np.random.default_rng(0).integers(256, size=(480, 640, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "noise.png")
     return {"file_name": str(folder / "noise.png"), "height": 480, "width": 640, "image_id": 0}

@@ -72,7 +72,7 @@ def draw_class(
         levels: what :func:`read_prototypes` returns.
         label: the class.
         name: its name.
-        images: the training images, in Detectron2's data set format.
+        images: the training images, in Detectron2's dataset format.
         margin: how much of the surroundings a crop shows, as a share of the box's size on each side.
         path: the PNG to write.
 
@@ -107,7 +107,7 @@ def show(config_file: str, weights: str, output: str, only: list[str], margin: f
     """Writes a sheet for each class.
 
     Args:
-        config_file: the config that the run was trained with, for its data sets.
+        config_file: the config that the run was trained with, for its datasets.
         weights: its checkpoint.
         output: the folder to write.
         only: names of classes; empty for all.

@@ -44,7 +44,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     # file defines them; the command line may change what is defined.
     _C.DISTILL.VARIANTS = CN(new_allowed=True)
     # Which classes of student and teacher are the same, for what compares classifications (LOGIT, GLOBAL's response):
-    # [] (all, in one order), ["names"] (those of one name in both data sets), or pairs "STUDENT=TEACHER" of names or
+    # [] (all, in one order), ["names"] (those of one name in both datasets), or pairs "STUDENT=TEACHER" of names or
     # numbers, such as ["pedestrian=person"] or ["0=14"]. Other methods ask for no classes.
     _C.DISTILL.CLASS_MAP = []
     # What the teacher and the distillers' own layers compute in: "auto" (as the training), "float32", "bfloat16" or
@@ -226,7 +226,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Of BCKD: factor of the boxes' loss
     _C.DISTILL.LOGIT.BOX_WEIGHT = 4.0
 
-    # Data sets to register first: "name=voc:ROOT:SPLIT[:class,class,...]", "name=coco:JSON:IMAGE_ROOT[:SPLIT]" or
+    # Datasets to register first: "name=voc:ROOT:SPLIT[:class,class,...]", "name=coco:JSON:IMAGE_ROOT[:SPLIT]" or
     # "name=yolo:data.yaml:SPLIT". Without lists of images, SPLIT is "all", or a share: 0.8, and -0.2 for its rest
     _C.DATASETS.REGISTER = []
     # What faults in their images and boxes do: "error", "skip" (faulty images are left out), "off" (nobody looks)

@@ -1,4 +1,4 @@
-"""Data sets: ``digit_scenes``, which needs no download, and the user's own by config."""
+"""Datasets: ``digit_scenes``, which needs no download, and the user's own by config."""
 
 from .digit_scenes import register_digit_scenes
 from .images import seen_path

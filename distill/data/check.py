@@ -1,4 +1,4 @@
-"""Looks at a data set's images and boxes before the training, and makes them what Detectron2 reads."""
+"""Looks at a dataset's images and boxes before the training, and makes them what Detectron2 reads."""
 
 import logging
 import math
@@ -47,11 +47,11 @@ _NOTES = {"16 bits": "have 16 bits a channel, scaled to 8", "transparency": "hav
 
 
 def check_source(name: str, source: Source, mode: str = "error", load_truncated: bool = False) -> None:
-    """Checks a data set, in place: heights and widths become those that a person sees, boxes are in pixels, what is
+    """Checks a dataset, in place: heights and widths become those that a person sees, boxes are in pixels, what is
     harmless is mended.
 
     Args:
-        name: of the data set.
+        name: of the dataset.
         source: as it was read.
         mode: "error"; "skip" leaves faulty images out; "off" trusts sizes and boxes, reads headers only where the
             annotation gives no size, and takes files as they are.
@@ -84,7 +84,7 @@ def check_source(name: str, source: Source, mode: str = "error", load_truncated:
     real = [fault for fault in faults if not KINDS[fault.kind].is_harmless]
     if real and mode == "error":
         raise DistillError(
-            f"The data set {name} has faults:\n  " + "\n  ".join(describe(real)) + "\nMend them, or set DATASETS.CHECK "
+            f"The dataset {name} has faults:\n  " + "\n  ".join(describe(real)) + "\nMend them, or set DATASETS.CHECK "
             "skip to leave these images out. tools/check_data.py lists the same without a training."
         )
     if real:
@@ -94,7 +94,7 @@ def check_source(name: str, source: Source, mode: str = "error", load_truncated:
         logger.warning(f"{name}: {left_out} of {len(source.records)} images are left out: {'; '.join(describe(real))}.")
         source.records = kept
         if not kept:
-            raise DistillError(f"The data set {name} has no image without a fault: {'; '.join(describe(real))}.")
+            raise DistillError(f"The dataset {name} has no image without a fault: {'; '.join(describe(real))}.")
 
 
 def describe(faults: list[Fault]) -> list[str]:

@@ -1,4 +1,4 @@
-"""``digit_scenes``: a detection data set that needs no download.
+"""``digit_scenes``: a detection dataset that needs no download.
 
 Scenes are composed on first use, from a seed, out of the real handwritten digits and the photographs that are
 bundled with scikit-learn. Train and val draw from disjoint digits.
@@ -53,7 +53,7 @@ class SceneComposer:
     """
 
     def __init__(self, split: str) -> None:
-        from sklearn.datasets import load_digits, load_sample_images  # a second that only this data set costs
+        from sklearn.datasets import load_digits, load_sample_images  # a second that only this dataset costs
 
         self.split = split
         self.size = SETTINGS["size"]
@@ -219,7 +219,7 @@ def _write_split(folder: Path, split: str) -> None:
 
 
 def prepare_digit_scenes() -> Path:
-    """Composes the data set unless it is there already; safe when several processes start at once.
+    """Composes the dataset unless it is there already; safe when several processes start at once.
 
     Returns:
         Its folder, always complete: it is written under another name first and renamed when done.

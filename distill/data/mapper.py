@@ -30,5 +30,5 @@ class CheckedMapper:
                 ) from error
             raise DistillError(
                 f"Cannot read the image {dataset_dict.get('file_name')!r}: {error}. Replace the file, or take it out "
-                "of the data set; --resume goes on from the last checkpoint."
+                "of the dataset; --resume goes on from the last checkpoint."
             ) from error

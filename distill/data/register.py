@@ -1,4 +1,4 @@
-"""Data sets of the user's own, registered from ``DATASETS.REGISTER``."""
+"""Datasets of the user's own, registered from ``DATASETS.REGISTER``."""
 
 import copy
 import logging
@@ -23,7 +23,7 @@ _registered: dict[str, tuple] = {}  # name -> what was asked for; a second regis
 def register_datasets(
     entries: Sequence[str], check: str = "error", metric: str = "", load_truncated: bool = False
 ) -> None:
-    """Registers data sets with Detectron2, after a look at their images and boxes.
+    """Registers datasets with Detectron2, after a look at their images and boxes.
 
     Args:
         entries: each ``name=voc:ROOT:SPLIT[:class,class,...]``, ``name=coco:JSON:IMAGE_ROOT[:SPLIT]`` or
@@ -48,7 +48,7 @@ def register_datasets(
         if not name or kind not in _READERS or not all(fields) or len(fields) not in _READERS[kind][1]:
             raise DistillError(f"DATASETS.REGISTER: {entry!r} is not of the form {_FORMS}.")
         if name in DatasetCatalog.list():
-            raise DistillError(f"DATASETS.REGISTER: a data set named {name!r} exists already. Choose another name.")
+            raise DistillError(f"DATASETS.REGISTER: a dataset named {name!r} exists already. Choose another name.")
         source = _READERS[kind][0](name, *fields)
         check_source(name, source, check, load_truncated)
         _register(name, source, _EVALUATORS[metric])
@@ -99,13 +99,13 @@ def _register(name: str, source: Source, evaluator_type: str) -> None:
 
 
 def check_datasets(cfg: CfgNode) -> None:
-    """Checks the data sets that a config trains and tests on, before anything is loaded.
+    """Checks the datasets that a config trains and tests on, before anything is loaded.
 
     Args:
-        cfg: the full config; its data sets are registered.
+        cfg: the full config; its datasets are registered.
 
     Raises:
-        DistillError: there is no such data set, its classes are not those of the others or not as many as the
+        DistillError: there is no such dataset, its classes are not those of the others or not as many as the
             student's, or it has no masks as the student needs them.
     """
     node = CLASS_NODES.get(detector_config(cfg).MODEL.META_ARCHITECTURE)
@@ -113,20 +113,20 @@ def check_datasets(cfg: CfgNode) -> None:
     for name in names:
         if name not in DatasetCatalog.list():
             raise DistillError(
-                f"Unknown data set {name!r} in DATASETS. Register it in DATASETS.REGISTER as {_FORMS}, or use one that "
+                f"Unknown dataset {name!r} in DATASETS. Register it in DATASETS.REGISTER as {_FORMS}, or use one that "
                 f"Detectron2 knows (it looks below $DETECTRON2_DATASETS) or a digit_scenes one."
             )
         classes = MetadataCatalog.get(name).get("thing_classes")
         if node and classes and len(classes) != cfg.MODEL[node].NUM_CLASSES:
             raise DistillError(
-                f"The data set {name} has {len(classes)} classes ({', '.join(classes[:10])}"
+                f"The dataset {name} has {len(classes)} classes ({', '.join(classes[:10])}"
                 f"{', ...' if len(classes) > 10 else ''}), but MODEL.{node}.NUM_CLASSES is "
                 f"{cfg.MODEL[node].NUM_CLASSES}. Set MODEL.{node}.NUM_CLASSES {len(classes)}."
             )
         others = MetadataCatalog.get(names[0]).get("thing_classes")
         if classes and others and list(classes) != list(others):
             raise DistillError(
-                f"The data sets {names[0]} and {name} have different classes: {', '.join(others[:10])} and "
+                f"The datasets {names[0]} and {name} have different classes: {', '.join(others[:10])} and "
                 f"{', '.join(classes[:10])}. Give both the same, in one order: name=voc:ROOT:SPLIT:class,class,..."
             )
     for name in names if cfg.MODEL.MASK_ON else ():
@@ -134,11 +134,11 @@ def check_datasets(cfg: CfgNode) -> None:
         is_trained_on = name in cfg.DATASETS.TRAIN
         if masks == [] and (is_trained_on or MetadataCatalog.get(name).evaluator_type == "coco"):
             raise DistillError(
-                f"The data set {name} has boxes alone, but MODEL.MASK_ON is True: expected polygons or masks to "
+                f"The dataset {name} has boxes alone, but MODEL.MASK_ON is True: expected polygons or masks to "
                 f"{'train on' if is_trained_on else 'evaluate by'}. Set MODEL.MASK_ON False."
             )
         if is_trained_on and "rle" in (masks or []) and cfg.INPUT.MASK_FORMAT == "polygon":
             raise DistillError(
-                f"The data set {name} has run-length encoded masks, but INPUT.MASK_FORMAT is polygon. Set "
+                f"The dataset {name} has run-length encoded masks, but INPUT.MASK_FORMAT is polygon. Set "
                 "INPUT.MASK_FORMAT bitmask."
             )

@@ -140,7 +140,7 @@ class Trainer(TrainerBase):
     def _evaluate(self) -> dict:
         try:
             self.results = self.recipe.evaluate(self.model)
-        except Exception as error:  # of an evaluator, of a data set
+        except Exception as error:  # of an evaluator, of a dataset
             reason = str(error)
             if not isinstance(error, DistillError):
                 reason = f"{type(error).__name__}: {error}"

@@ -176,8 +176,8 @@ def read_test_inputs(recipe: Recipe, mapper: Mapper, number: int) -> list[dict]:
         records = recipe.test_images()[:number]
     except (KeyError, OSError, AssertionError) as error:
         raise DistillError(
-            f"The test set {names} cannot be read: {type(error).__name__}: {error}. Detectron2 looks for its own data "
-            "sets below $DETECTRON2_DATASETS; DATASETS.REGISTER and DATASETS.TEST name others."
+            f"The test set {names} cannot be read: {type(error).__name__}: {error}. Detectron2 looks for its own "
+            "datasets below $DETECTRON2_DATASETS; DATASETS.REGISTER and DATASETS.TEST name others."
         ) from error
     return [mapper(record) for record in records]
 
@@ -195,7 +195,7 @@ def register_test_sets(recipe: Recipe) -> None:
     cfg.defrost()
     cfg.DATASETS.TRAIN = ()  # nobody needs it here
     if not cfg.DATASETS.TEST:
-        raise DistillError("DATASETS.TEST names no test set: set it to a data set of the detector's classes.")
+        raise DistillError("DATASETS.TEST names no test set: set it to a dataset of the detector's classes.")
     cfg.DATASETS.REGISTER = [x for x in cfg.DATASETS.REGISTER if str(x).partition("=")[0] in cfg.DATASETS.TEST]
     register_from_config(cfg)
     check_datasets(cfg)

@@ -89,7 +89,7 @@ def build_input_mapper(metadata: FileMetadata) -> CheckedMapper:
             shape kept; :class:`DeployedDetector` pads them. Of unknown sizes, images stay as they are.
 
     Returns:
-        A mapper of Detectron2's data set dicts, of which ``file_name`` is required.
+        A mapper of Detectron2's dataset dicts, of which ``file_name`` is required.
     """
     if metadata.size is not None:
         resize = [T.ResizeScale(1.0, 1.0, *metadata.size)]
@@ -105,7 +105,7 @@ def describe(recipe: Recipe, model: nn.Module, size: Sequence[int] | None = None
     """The metadata of a file of a detector, but for its outputs: see :func:`distill.export.output_names`.
 
     Args:
-        recipe: the detector's; its data sets are registered, if they are to name the classes.
+        recipe: the detector's; its datasets are registered, if they are to name the classes.
         model: the detector.
         size: height and width, of a file of fixed size.
         device: what a TorchScript file is for.
@@ -151,16 +151,16 @@ def _describe_test_mapper(recipe: Recipe) -> dict[str, Any]:
 
 
 def class_names(recipe: Recipe) -> list[str]:
-    """The names of a detector's classes, from its data sets; numbers, with a warning, where they do not tell.
+    """The names of a detector's classes, from its datasets; numbers, with a warning, where they do not tell.
 
     Args:
-        recipe: the detector's; its data sets are registered where that is possible.
+        recipe: the detector's; its datasets are registered where that is possible.
 
     Returns:
         A name for each class.
 
     Raises:
-        DistillError: no data set names the classes, and their number is not known either.
+        DistillError: no dataset names the classes, and their number is not known either.
     """
     names = (*recipe.cfg.DATASETS.TEST, *recipe.cfg.DATASETS.TRAIN)
     known = [MetadataCatalog.get(name).get("thing_classes") for name in names if name in MetadataCatalog.list()]
@@ -175,7 +175,7 @@ def class_names(recipe: Recipe) -> list[str]:
         if len(classes) == number:
             return list(classes)
     logger.warning(
-        f"The classes are called by their numbers, 0 to {number - 1}: no data set of DATASETS.TEST and DATASETS.TRAIN "
+        f"The classes are called by their numbers, 0 to {number - 1}: no dataset of DATASETS.TEST and DATASETS.TRAIN "
         f"({', '.join(names) or 'none'}) is registered with the names of {number} classes."
     )
     return [str(index) for index in range(number)]

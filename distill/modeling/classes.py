@@ -63,7 +63,7 @@ def _unique(found: list[tuple[int, int]], pairs: list[str]) -> dict[int, int]:
 
 
 def _names(datasets: Sequence[str], side: str) -> list[str]:
-    """The names of the classes of a side's first training data set."""
+    """The names of the classes of a side's first training dataset."""
     name = datasets[0] if datasets else ""
     if name in DatasetCatalog.list():
         if "thing_classes" not in MetadataCatalog.get(name).as_dict():
@@ -72,6 +72,6 @@ def _names(datasets: Sequence[str], side: str) -> list[str]:
         if names:
             return list(names)
     raise DistillError(
-        f"DISTILL.CLASS_MAP compares names of classes, and those of the {side} are not known, since its data set "
+        f"DISTILL.CLASS_MAP compares names of classes, and those of the {side} are not known, since its dataset "
         f"{name!r} (DATASETS.TRAIN of its config) is not registered here: give pairs of numbers, such as '0=14'."
     )

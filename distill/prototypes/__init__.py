@@ -1,4 +1,4 @@
-"""Prototypes of classes: how they are picked, and how their candidates are collected from a data set."""
+"""Prototypes of classes: how they are picked, and how their candidates are collected from a dataset."""
 
 from .select import dense_instances, select_prototypes
 

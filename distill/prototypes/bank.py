@@ -20,7 +20,7 @@ class LevelPrototypes(nn.Module):
         student: ``Tensor[size, Ds]``, features in the student's space.
         teacher: ``Tensor[size, Dt]``, features of the same instances in the teacher's space.
         labels: ``LongTensor[size]``, classes; -1 where there is no prototype.
-        images: ``LongTensor[size]``, index of the image in the training data set.
+        images: ``LongTensor[size]``, index of the image in the training dataset.
         boxes: ``Tensor[size, 4]``, corners of the instance, in pixels of the image file.
     """
 

@@ -1,4 +1,4 @@
-"""Collects the candidates of prototypes: the features of annotated instances, from both sides, over a data set."""
+"""Collects the candidates of prototypes: the features of annotated instances, from both sides, over a dataset."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +22,7 @@ def choose_images(images: Sequence[dict], max_images: int) -> dict[int, set[int]
     """Chooses images until each class is seen in enough of them.
 
     Args:
-        images: records in Detectron2's data set format.
+        images: records in Detectron2's dataset format.
         max_images: how many images a class may have.
 
     Returns:
@@ -44,7 +44,7 @@ def large_annotations(image: dict, min_box_size: float) -> list[dict]:
     """The annotations of an image whose boxes are large enough to be prototypes.
 
     Args:
-        image: a record in Detectron2's data set format.
+        image: a record in Detectron2's dataset format.
         min_box_size: what the shorter side must exceed, in pixels of the image file.
 
     Returns:
@@ -67,7 +67,7 @@ class InstanceCollector:
         min_box_size: what the shorter side of a box must exceed, in pixels of the image file.
 
     Attributes:
-        num_training_images: of the whole data set.
+        num_training_images: of the whole dataset.
     """
 
     def __init__(self, recipe: Recipe, levels: Sequence[str], max_images: int, min_box_size: float) -> None:

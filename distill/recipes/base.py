@@ -120,11 +120,11 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def training_images(self) -> list[dict]:
-        """The images that are trained on, in Detectron2's data set format; prototypes are named by their index here."""
+        """The images that are trained on, in Detectron2's dataset format; prototypes are named by their index here."""
 
     @abc.abstractmethod
     def test_images(self) -> list[dict]:
-        """The images that are tested on, in Detectron2's data set format."""
+        """The images that are tested on, in Detectron2's dataset format."""
 
     def detector(self, weights: str) -> Recipe:
         """The recipe of the detector alone (of a distilled run, the student).
@@ -179,10 +179,10 @@ class Recipe(abc.ABC):
         return next(iter(results.values())) if len(results) == 1 else results
 
     def build_evaluator(self, dataset_name: str, folder: str = "inference") -> DatasetEvaluator:
-        """The evaluator of a data set's ``evaluator_type``.
+        """The evaluator of a dataset's ``evaluator_type``.
 
         Args:
-            dataset_name: a registered data set.
+            dataset_name: a registered dataset.
             folder: where it writes, in OUTPUT_DIR.
 
         Returns:
@@ -195,13 +195,13 @@ class Recipe(abc.ABC):
 
 
 def evaluate_on(model: nn.Module, loader: Iterable, evaluator: DatasetEvaluator, name: str) -> dict:
-    """Runs a model over a data set and prints the results, in the main process.
+    """Runs a model over a dataset and prints the results, in the main process.
 
     Args:
         model: the detector.
-        loader: the data set.
-        evaluator: of the data set.
-        name: of the data set, for the log.
+        loader: the dataset.
+        evaluator: of the dataset.
+        name: of the dataset, for the log.
 
     Returns:
         Detectron2's results by task and metric; empty in other processes.

@@ -18,12 +18,12 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 HEAD = """# Results
 
 Written by `python projects/Evidence/run.py --table` from the lines of `projects/Evidence/results/` and the texts of
-`projects/Evidence/suites/`. A cell is the mean over the seeds ± its standard error (sample deviation / √n); without ±
-it is a single run. The gain is the difference to the baseline's mean, its error the root of the sum of both errors'
-squares. All students of a table have the same teacher unless it says otherwise: no error tells what another one would
-change. The cost is that of a training step relative to the baseline's, the median over steps that were run in turns in
-one process, without what is done once in many steps (evaluation, measuring gradients, the search for prototypes). Empty
-cells were not run, or not with today's config.
+`projects/Evidence/suites/`. A cell is the mean over the seeds ± its standard error (sample standard
+deviation / √n); without ± it is a single run. The gain is the difference from the baseline's mean; errors add in
+quadrature. All students of a table have the same teacher unless it says otherwise, so errors do not include what
+another teacher would change. The cost is that of a training step relative to the baseline's, the median over steps that
+were interleaved in one process, without occasional work (evaluation, measuring gradients, the search for prototypes).
+Empty cells were not run, or not with today's config.
 """
 
 
@@ -182,12 +182,12 @@ def where(suite: Suite, lines: list[dict]) -> str:
     for key, name in (("device", ""), ("detectron2", "Detectron2 "), ("torch", "torch ")):
         parts.append(name + " and ".join(sorted({run[key] for run in used})))
     minutes = sum(run["seconds"] for run in used) / 60
-    text = f"Measured on {', '.join(parts)}; {len(used)} trainings, {minutes:.0f} minutes of training in all."
+    text = f"Measured on {', '.join(parts)}; {len(used)} training runs, {minutes:.0f} minutes in all."
     for teacher in suite.teachers:
         rows = [row for row in suite.rows if suite.teacher_of(row) == teacher]
         weights = {run.get("teacher_sha256") for row in rows for run in finished(suite, row, lines)} - {None}
         if len(weights) > 1:
-            text += f" Students have learned from {len(weights)} trainings of {teacher.name}."
+            text += f" Students have learned from {len(weights)} training runs of {teacher.name}."
     cost = cost_line(lines) if costs(suite, lines) else {}
     return text + (f" Costs: {cost['device']}, {cost['rounds']} rounds." if cost else "")
 

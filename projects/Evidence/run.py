@@ -113,7 +113,7 @@ class Runner:
                 outcome = {"status": "failed", "error": "\n".join(str(error).strip().splitlines()[-2:])}
                 logger.error(f"{name} failed:\n{error}")
             self._append({**line, **outcome})
-        logger.info(f"{suite.name}: {len(failed)} of {len(configs)} trainings not done; the lines are in {self.path}")
+        logger.info(f"{suite.name}: {len(failed)} of {len(configs)} runs not done; the lines are in {self.path}")
         return len(failed)
 
     def cost(self, rounds: int) -> None:
@@ -226,7 +226,7 @@ def summarize(folder: Path, peak_mib: float, cfg: CfgNode) -> dict:
     records = read_metrics(folder)
     scores = sorted((x for x in records if "bbox/AP" in x), key=lambda record: record["iteration"])
     if not scores:
-        raise TrainingFailed(f"{folder}/metrics.json has no bbox/AP: expected DATASETS.TEST to name a data set.")
+        raise TrainingFailed(f"{folder}/metrics.json has no bbox/AP: expected DATASETS.TEST to name a dataset.")
     last = {metric: scores[-1].get(f"bbox/{metric}") for metric in METRICS}
     if math.isnan(last["AP"]):  # the evaluator's way of saying that nothing was detected at all
         last.update({metric: 0.0 for metric in METRICS if last[metric] is not None})

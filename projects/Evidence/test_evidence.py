@@ -111,14 +111,14 @@ def test_trains_what_is_missing_records_what_failed_and_repeats_nothing(tmp_path
     teacher = next((tmp_path / "out" / "tiny").glob("teacher*"))
     teacher.rename(tmp_path / "away")
     again = run_script(*command, "--seeds", "5", "--only", "alone", "imitation")
-    assert again.returncode == 0 and "0 of 0 trainings not done" in again.stdout
+    assert again.returncode == 0 and "0 of 0 runs not done" in again.stdout
     (tmp_path / "away").rename(teacher)
     # another config is another run, and so is what depends on it
     changed = yaml.safe_load(Path(suite).read_text())
     changed["opts"]["SOLVER.BASE_LR"] = 0.0002
     Path(suite).write_text(yaml.safe_dump(changed, sort_keys=False))
     again = run_script(*command, "--seeds", "5", "--only", "alone")
-    assert "0 of 1 trainings not done" in again.stdout
+    assert "0 of 1 runs not done" in again.stdout
     lines = results.read_lines("tiny", tmp_path / "lines")
     assert len([x for x in lines if x["row"] == "alone" and x["status"] == "finished"]) == 2
 
@@ -129,7 +129,7 @@ def test_trains_what_is_missing_records_what_failed_and_repeats_nothing(tmp_path
     costs = results.costs(load_suite(suite), results.read_lines("tiny", tmp_path / "lines"))
     assert costs["alone"] == 1 and costs["imitation"] > 0
     again = run_script(*command, "--seeds", "5", "--only", "alone")
-    assert again.returncode == 0 and "0 of 0 trainings not done" in again.stdout
+    assert again.returncode == 0 and "0 of 0 runs not done" in again.stdout
 
 
 def test_summary_of_a_run(tmp_path):

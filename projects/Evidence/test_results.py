@@ -38,7 +38,7 @@ def test_a_table_has_means_errors_gains_and_costs(tmp_path):
     assert f"| alone | 3 | {np.mean(alone):.1f} ± {errors[0]:.1f} |" in table[4] and "|  | 1.00 |" in table[4]
     difference = np.mean(imitation) - np.mean(alone)
     assert f"| {difference:+.1f} ± {math.hypot(*errors):.1f} | 1.31 | 40.1 |" in table[5]
-    assert "7 trainings, 7 minutes" in results.where(suite, lines) and "9 rounds" in results.where(suite, lines)
+    assert "7 training runs, 7 minutes" in results.where(suite, lines) and "9 rounds" in results.where(suite, lines)
 
 
 def test_of_a_suite_that_was_not_run_the_table_has_what_was_published(tmp_path):
@@ -52,7 +52,7 @@ def test_several_trainings_of_a_teacher_are_told(tmp_path):
     lines += [line(suite, "alone", 0, 20.0), line(suite, "imitation", 9, 30.0, teacher_sha256="b")]  # 9 does not count
     assert "learned from" not in results.where(suite, lines)
     lines.append(line(suite, "imitation", 2, 30.0, teacher_sha256="b"))
-    assert "Students have learned from 2 trainings of teacher." in results.where(suite, lines)
+    assert "Students have learned from 2 training runs of teacher." in results.where(suite, lines)
 
 
 def test_costs_of_another_config_do_not_show(tmp_path):
@@ -86,7 +86,7 @@ def test_the_table_of_methods_has_the_gain_of_each_in_each_suite(tmp_path):
     gains = [f"{5.5 + number:+.1f} ± 1.1" for number in range(3)]
     assert list(rows) == ["digits_dense", "digits_rcnn", "bccd"] and content["cost"] == "digits_dense"
     assert cells["knowledge review (ReviewKD)"] == [*gains, "1.25", "Faster R-CNN R18 33.3 → 36.8"]
-    assert cells["imitation by a norm"] == [""] * 5
+    assert cells["feature imitation (L2)"] == ["", "", "", "", "RetinaNet R50 36.4 → 39.0"]
     assert head.split("|")[4:7] == [f" {title} " for title in content["suites"].values()]
     shown = {method["row"] for method in content["methods"]}
     assert shown <= set().union(*rows.values()) | {"aligned"}  # which has a suite of its own

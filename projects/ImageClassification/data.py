@@ -15,7 +15,7 @@ class Digits(torch.utils.data.Dataset):
     """scikit-learn's handwritten digits, 8x8 pixels, at four times their size.
 
     Args:
-        train: the training images (the first of the data set) or the others.
+        train: the training images (the first of the dataset) or the others.
         number: how many the training images are.
     """
 
@@ -43,7 +43,7 @@ class Digits(torch.utils.data.Dataset):
 
 
 class Labelled(torch.utils.data.Dataset):
-    """A data set of torchvision's as dicts.
+    """A dataset of torchvision's as dicts.
 
     Args:
         source: gives (image, label) pairs.
@@ -62,7 +62,7 @@ class Labelled(torch.utils.data.Dataset):
 
 
 def load_data(name: str, train: bool, size: int = 224) -> torch.utils.data.Dataset:
-    """A data set by its name.
+    """A dataset by its name.
 
     Args:
         name: "digits"; "cifar100:ROOT", with cifar-100-python below ROOT; or "folder:ROOT", with a folder of images for
@@ -71,7 +71,7 @@ def load_data(name: str, train: bool, size: int = 224) -> torch.utils.data.Datas
         size: of the images of a folder, in pixels.
 
     Returns:
-        A data set with ``classes``, whose items are dicts with "image" (``Tensor[3, H, W]``, normalised), "label" and
+        A dataset with ``classes``, whose items are dicts with "image" (``Tensor[3, H, W]``, normalised), "label" and
         "id".
 
     Raises:
@@ -99,4 +99,4 @@ def load_data(name: str, train: bool, size: int = 224) -> torch.utils.data.Datas
         except FileNotFoundError as error:
             raise DistillError(f"{path} holds no images by class: {error}") from None
         return Labelled(source, source.classes)
-    raise DistillError(f"The data set {name!r} is unknown: expected digits, cifar100:ROOT or folder:ROOT.")
+    raise DistillError(f"The dataset {name!r} is unknown: expected digits, cifar100:ROOT or folder:ROOT.")

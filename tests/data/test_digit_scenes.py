@@ -1,4 +1,4 @@
-"""The composed data set: deterministic, disjoint, consistent, and complete or absent."""
+"""The composed dataset: deterministic, disjoint, consistent, and complete or absent."""
 
 import json
 import multiprocessing
@@ -10,7 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-import distill.data  # noqa: F401  registers the data set
+import distill.data  # noqa: F401  registers the dataset
 from distill.data import digit_scenes
 
 
@@ -43,7 +43,7 @@ def test_masks_are_disjoint_and_small_and_crowded_digits_occur():
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A data set of a few images in a cache of its own."""
+    """A dataset of a few images in a cache of its own."""
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
     monkeypatch.setitem(digit_scenes.SETTINGS, "images", {"train": 3, "val": 4})
     return tmp_path

@@ -1,4 +1,4 @@
-"""Small data sets of VOC and COCO as tools write them, and what each must give."""
+"""Small datasets of VOC and COCO as tools write them, and what each must give."""
 
 import json
 import math

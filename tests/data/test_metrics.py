@@ -1,4 +1,4 @@
-"""One data set in three formats, by either metric: what is right has an AP of 100, what is missed counts."""
+"""One dataset in three formats, by either metric: what is right has an AP of 100, what is missed counts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Data sets from the config, and the error of each mistake."""
+"""Datasets from the config, and the error of each mistake."""
 
 import json
 
@@ -222,7 +222,7 @@ def test_crowds_alone_are_no_objects(tmp_path):
 def test_an_unknown_data_set_is_named():
     cfg = detector_cfg("faster_rcnn")
     set_all(cfg, {"DATASETS.TRAIN": ["nothing"]})
-    with pytest.raises(DistillError, match="Unknown data set 'nothing'"):
+    with pytest.raises(DistillError, match="Unknown dataset 'nothing'"):
         check_datasets(cfg)
 
 

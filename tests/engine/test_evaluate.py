@@ -36,7 +36,7 @@ def test_the_evaluator_and_the_mapper_are_the_configs_own(tmp_path, several):
     )
     mapper = f"several = {several}\n{mapper}"
     recipe = LazyRecipe(write_student(tmp_path, more=mapper))
-    recipe.check_evaluation(True)  # whatever the data set's evaluator_type is
+    recipe.check_evaluation(True)  # whatever the dataset's evaluator_type is
     MetadataCatalog.get("digit_scenes_val")
     seen = {}
 

@@ -1,4 +1,4 @@
-"""Collecting candidates from a data set and searching prototypes, in one process and in two."""
+"""Collecting candidates from a dataset and searching prototypes, in one process and in two."""
 
 import json
 

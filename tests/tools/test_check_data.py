@@ -1,4 +1,4 @@
-"""The check of data sets without a training."""
+"""The check of datasets without a training."""
 
 from PIL import Image
 
@@ -13,7 +13,7 @@ def test_draws_what_is_good_and_names_what_is_not(tmp_path):
     result = run_script(*command, "--output", f"{tmp_path}/out")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "cells: 4 images, drawn in" in result.stdout
-    assert "error: The data set data2 has faults" in result.stderr
+    assert "error: The dataset data2 has faults" in result.stderr
     assert "4 annotations give another width and height" in result.stderr
     with Image.open(tmp_path / "out" / "cells.png") as sheet:
         assert len(set(sheet.convert("L").getdata())) > 20

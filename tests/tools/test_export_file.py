@@ -113,12 +113,12 @@ def test_without_a_test_set_random_images_are_compared(tmp_path, tool, log):
     arguments = write_trained(tmp_path, data=False, **{"DATASETS.TEST": ["not_here"]})
     tool.run(*arguments, "--format", "onnx", "--num-images", 2)
     out = log.text
-    assert "checked on random images instead. Unknown data set 'not_here' in DATASETS. Register it" in out
+    assert "checked on random images instead. Unknown dataset 'not_here' in DATASETS. Register it" in out
     assert "The classes are called by their numbers, 0 to 2" in out
     assert "on 2 random images and a part of one: " in out and "the largest difference is" in out
     for opts, message in (
         (["DATASETS.TEST", "[]"], "error: DATASETS.TEST names no test set"),
-        ([], "error: Unknown data set 'not_here'"),
+        ([], "error: Unknown dataset 'not_here'"),
     ):
         with pytest.raises(SystemExit, match=message):
             tool.run(*arguments, "--format", "onnx", "--evaluate", *opts)

@@ -197,7 +197,7 @@ def test_runs_of_one_name_are_told_apart(tools, runs, tmp_path):
 
 
 def test_what_is_missing_is_said(runs, tmp_path):
-    """An interrupted run whose teacher is gone, and one whose data set is not registered."""
+    """An interrupted run whose teacher is gone, and one whose dataset is not registered."""
     for name in ("interrupted", "elsewhere"):
         shutil.copytree(runs / "distilled", tmp_path / name)
     (tmp_path / "interrupted" / "model_final.pth").unlink()
@@ -224,7 +224,7 @@ def test_what_is_missing_is_said(runs, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     parsed = Page((tmp_path / "page.html").read_text())
     for said in (
-        "No images are shown. The data set somewhere is not registered here",
+        "No images are shown. The dataset somewhere is not registered here",
         "Measured on an image of noise",
         "The teacher was evaluated on noise, not on somewhere. --evaluate-teacher evaluates it",
     ):

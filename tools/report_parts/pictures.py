@@ -109,10 +109,10 @@ def read_test_set(run: Run) -> tuple[str, list[dict]]:
     """The first test set of a run.
 
     Args:
-        run: its data sets are registered here.
+        run: its datasets are registered here.
 
     Returns:
-        The name, and the images in Detectron2's data set format.
+        The name, and the images in Detectron2's dataset format.
 
     Raises:
         DistillError: it names none, or it cannot be read.
@@ -122,11 +122,11 @@ def read_test_set(run: Run) -> tuple[str, list[dict]]:
         raise DistillError("The config names no test set.")
     name = run.cfg.DATASETS.TEST[0]
     if name not in DatasetCatalog.list():
-        raise DistillError(f"The data set {name} is not registered here.")
+        raise DistillError(f"The dataset {name} is not registered here.")
     try:
         return name, DatasetCatalog.get(name)
     except Exception as error:  # whatever a loader raises, such as for missing files
-        raise DistillError(f"The data set {name} cannot be read: {error}") from error
+        raise DistillError(f"The dataset {name} cannot be read: {error}") from error
 
 
 def class_numbers(run: Run, teacher: Recipe) -> dict[int, int] | None:

@@ -16,17 +16,17 @@ logger = logging.getLogger(__name__)
 
 
 def read_coco(name: str, json_file: str, image_root: str, split: str = "all") -> Source:
-    """Reads a data set from one JSON.
+    """Reads a dataset from one JSON.
 
     Args:
-        name: of the data set, for errors.
+        name: of the dataset, for errors.
         json_file: with ``images``, ``annotations`` and ``categories``.
         image_root: the folder that its file names are relative to; an image that is not there is looked for by its
             name alone.
         split: see :func:`.source.select`, by the images' file names.
 
     Returns:
-        The data set. Categories are in the order of their ids.
+        The dataset. Categories are in the order of their ids.
 
     Raises:
         DistillError: a path does not exist, the file is of another form, or it has no image or no annotation.

@@ -28,11 +28,11 @@ class Fault(NamedTuple):
 
 @dataclass
 class Source:
-    """A data set as it was read.
+    """A dataset as it was read.
 
     Attributes:
         classes: names, in the order of ``category_id``.
-        records: in Detectron2's data set format; boxes are XYXY_ABS. ``height`` and ``width`` are those of the
+        records: in Detectron2's dataset format; boxes are XYXY_ABS. ``height`` and ``width`` are those of the
             annotation, or 0 where it gives none.
         evaluator_type: "coco" or "pascal_voc".
         faults: what the reader found.
@@ -49,11 +49,11 @@ class Source:
 
 
 def require(is_good: bool, name: str, message: str) -> None:
-    """Ends the reading of a data set.
+    """Ends the reading of a dataset.
 
     Args:
         is_good: whether there is nothing to say.
-        name: of the data set.
+        name: of the dataset.
         message: what was found, what was expected, and what to do.
 
     Raises:
@@ -121,10 +121,10 @@ def check_classes(name: str, classes: Sequence[str]) -> None:
 
 
 def select(name: str, split: str, stems: Sequence[str], folder: Path) -> list[str]:
-    """The images of a split that no folder of the data set describes.
+    """The images of a split that no folder of the dataset describes.
 
     Args:
-        name: of the data set.
+        name: of the dataset.
         split: "all"; a share such as "0.8", drawn by the hash of each name and so the same everywhere, whose rest is
             "-0.2"; or a file with a name on each line.
         stems: names of all images, without their ending.

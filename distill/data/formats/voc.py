@@ -13,16 +13,16 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = "") -> Source:
-    """Reads a data set of XML files.
+    """Reads a dataset of XML files.
 
     Args:
-        name: of the data set, for errors.
+        name: of the dataset, for errors.
         root: a folder in PASCAL VOC's layout, or with images and XML files together, or in two folders below.
         split: of ``ImageSets/Main``; elsewhere see :func:`.source.select`. It may be a folder of root, too.
         classes: see :func:`.source.given_classes`; by default those of all XML files, sorted.
 
     Returns:
-        The data set.
+        The dataset.
 
     Raises:
         DistillError: a folder or the split is missing, there is no class, or one that is not among those given.

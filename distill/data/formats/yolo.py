@@ -15,17 +15,17 @@ _CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
 
 
 def read_yolo(name: str, root: str, split: str) -> Source:
-    """Reads a data set of text files, one an image: ``class x y w h`` in shares of the image, or a polygon. Keypoints
+    """Reads a dataset of text files, one an image: ``class x y w h`` in shares of the image, or a polygon. Keypoints
     behind a box, which a ``data.yaml`` with ``kpt_shape`` has, are left out.
 
     Args:
-        name: of the data set, for errors.
+        name: of the dataset, for errors.
         root: a ``data.yaml`` with ``names``; or a folder with images, text files, and a list of the classes
             (``classes.txt``, ``obj.names`` or ``_darknet.labels``).
         split: a key of the ``data.yaml``, such as "train" or "val"; of a folder see :func:`.source.select`.
 
     Returns:
-        The data set. Boxes are in shares of the image until :func:`distill.data.check.check_source` knows its size. An
+        The dataset. Boxes are in shares of the image until :func:`distill.data.check.check_source` knows its size. An
         image without a text file has no object, as YOLO has it.
 
     Raises:
@@ -49,7 +49,7 @@ def read_yolo(name: str, root: str, split: str) -> Source:
         _read_labels(source, record, _label_file(image), num_extra)
     masks = [a for r in source.records for a in r["annotations"] if "segmentation" in a]
     if len(masks) < sum(len(r["annotations"]) for r in source.records):
-        for annotation in masks:  # a polygon here and there is no data set of masks
+        for annotation in masks:  # a polygon here and there is no dataset of masks
             del annotation["segmentation"]
     return source
 
