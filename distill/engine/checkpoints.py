@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # which imports this very module
 
 logger = logging.getLogger(__name__)
 
+PREVIOUS_BEST = "previous_model_best.pth"  # of an earlier training in the same folder
+
 
 def agreed_checkpoint(checkpointer: Checkpointer) -> str:
     """The last checkpoint of OUTPUT_DIR, which all processes must see alike.
@@ -116,16 +118,18 @@ def is_finite(state: dict[str, Any]) -> bool:
     return all(x.isfinite().all() for x in floats)
 
 
-def last_finite_checkpoint(folder: str) -> str:
+def last_finite_checkpoint(folder: str, since: float = 0.0) -> str:
     """The newest checkpoint of a run whose weights are finite.
 
     Args:
         folder: its OUTPUT_DIR.
+        since: when the run began, in seconds since the epoch: what is older is another run's.
 
     Returns:
         Its path; empty if there is none.
     """
-    paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".pth")]
+    names = [name for name in os.listdir(folder) if name.endswith(".pth") and name != PREVIOUS_BEST]
+    paths = [path for name in names if os.path.getmtime(path := os.path.join(folder, name)) >= since]
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         with contextlib.suppress(Exception):  # a damaged file is not the one that is looked for
             if is_finite(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]):

@@ -12,7 +12,7 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from ..errors import DistillError
-from .checkpoints import write_file
+from .checkpoints import PREVIOUS_BEST, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +47,16 @@ class BestCheckpoint(HookBase):
     def before_train(self) -> None:
         if not os.path.isfile(self.path):
             return
+        previous = os.path.join(self._checkpointer.save_dir, PREVIOUS_BEST)
         if not self.trainer.start_iter:  # or --resume would take another training's best for this one's
-            previous = os.path.join(self._checkpointer.save_dir, "previous_model_best.pth")
             os.replace(self.path, previous)
             logger.info(f"The best of an earlier training is now {previous}")
             return
         try:
             self._best = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True).get("best", {})
         except Exception as error:
-            logger.warning(f"{self.path} cannot be read and will be replaced: {type(error).__name__}: {error}")
+            os.replace(self.path, previous)
+            logger.warning(f"{self.path} cannot be read, and is now {previous}: {type(error).__name__}: {error}")
 
     def after_step(self) -> None:
         self._update(self.trainer.iter + 1)
@@ -78,7 +79,7 @@ class BestCheckpoint(HookBase):
                     f"give. Choose one of {', '.join(found)}."
                 )
             return
-        value = found[metric]
+        value = float(found[metric])  # numpy's, of some evaluators, is nothing that weights_only=True reads
         before = self._best.get("value", -math.inf) if self._best.get("metric") == metric else -math.inf
         if not value > before:  # NaN is not
             return
@@ -156,4 +157,6 @@ class DrawDenseDetections(HookBase):
             found = detector([{"image": x["image"]} for x in args[0]])
         finally:
             detector.train()
-        detector.visualize_training(args[0], [x["instances"] for x in found])
+        # Detectron2's Visualizer takes annotations from the CPU alone
+        drawn = [{**x, "instances": x["instances"].to("cpu")} for x in args[0]]
+        detector.visualize_training(drawn, [x["instances"] for x in found])

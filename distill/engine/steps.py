@@ -20,8 +20,10 @@ class StepTrainer(SimpleTrainer):
         data_loader: batches in Detectron2's format.
         optimizer: of the model.
         device: of the model.
-        dtype: what is computed in under autocast; None for no autocast. Gradients are scaled in float16 only.
+        dtype: what is computed in under autocast; None for no autocast.
         accumulate: number of batches whose mean gradient makes a step. Iterations count steps.
+        other_dtype: what parts of the model compute in that have a precision of their own. Gradients are scaled where
+            it or ``dtype`` is float16, in which small ones would become zero.
     """
 
     def __init__(
@@ -32,10 +34,11 @@ class StepTrainer(SimpleTrainer):
         device: torch.device,
         dtype: torch.dtype | None = None,
         accumulate: int = 1,
+        other_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.device, self.dtype, self.accumulate = device, dtype, accumulate
-        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=torch.float16 in (dtype, other_dtype))
 
     def run_step(self) -> None:
         """One training step."""
@@ -65,8 +68,9 @@ class StepTrainer(SimpleTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """As Detectron2's trainer of the same precision has it."""
-        scaler = {} if self.dtype is None else {"grad_scaler": self.grad_scaler.state_dict()}
-        return {**super().state_dict(), **scaler}
+        if self.dtype is None and not self.grad_scaler.is_enabled():
+            return super().state_dict()
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned, also that of a training in another precision."""

@@ -1,6 +1,7 @@
 """The training loop: Detectron2's, with what distillation adds."""
 
 import logging
+import time
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -50,7 +51,9 @@ class Trainer(TrainerBase):
         self.results: dict | None = None  # of the last evaluation
         self.last_step: int | None = None  # the last that was done, counted from 0
         model = self.build_model(self.recipe)
-        student = model.student if isinstance(model, DistillationModel) else model
+        student, other_dtype = model, None
+        if isinstance(model, DistillationModel):
+            student, other_dtype = model.student, model.teacher.dtype
         optimizer, loader = self.recipe.build_optimizer(model), self.build_train_loader()
         # Detectron2 takes the local rank for DDP's device: wrong on the CPU, and where each process sees one GPU alone
         model = create_ddp_model(model, device_ids=ddp_device_ids(cfg.MODEL.DEVICE), **self.recipe.ddp_settings)
@@ -63,9 +66,10 @@ class Trainer(TrainerBase):
         if accumulate > 1:
             images = cfg.SOLVER.IMS_PER_BATCH
             logger.info(f"Each iteration takes {accumulate} batches of {images} images: {accumulate * images} in all")
-        self._trainer = StepTrainer(model, loader, optimizer, device, dtype, accumulate)
+        self._trainer = StepTrainer(model, loader, optimizer, device, dtype, accumulate, other_dtype)
         self.checkpointer = DetectionCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
+        self._began = time.time()  # earlier checkpoints are another run's, unless this one is resumed
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
@@ -180,6 +184,7 @@ class Trainer(TrainerBase):
         if message:
             raise DistillError(message) from failure
         self.start_iter = self.iter + 1 if last else 0  # a checkpoint holds the iteration that was done
+        self._began = 0.0 if last else self._began
         check_alike(self.start_iter, "The processes would start at different iterations", self.cfg.OUTPUT_DIR)
         model = self._unwrapped_model()
         if not last and isinstance(model, DistillationModel):
@@ -227,7 +232,7 @@ class Trainer(TrainerBase):
 
     def _divergence(self, error: FloatingPointError) -> str:
         before = {k: f"{v:.4g}" for k, (v, _) in self.storage.latest().items() if "loss" in k and "/" not in k}
-        path = last_finite_checkpoint(self.cfg.OUTPUT_DIR)
+        path = last_finite_checkpoint(self.cfg.OUTPUT_DIR, self._began)
         distilled = isinstance(self._unwrapped_model(), DistillationModel)
         return (
             f"The training diverged in iteration {self.iter}: {' '.join(str(error).split())} The losses before: "

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
@@ -114,7 +115,16 @@ def test_a_best_that_cannot_be_read(tmp_path, monkeypatch, caplog):
     logging.getLogger("distill").addHandler(caplog.handler)
     train(tmp_path, monkeypatch, boxes(9, 3), resume=True)
     logging.getLogger("distill").removeHandler(caplog.handler)
-    assert "model_best.pth cannot be read and will be replaced" in caplog.text and best(tmp_path)[1]["value"] == 3
+    assert "model_best.pth cannot be read, and is now" in caplog.text and best(tmp_path)[1]["value"] == 3
+    assert (tmp_path / "previous_model_best.pth").read_bytes() == b"half"
+
+
+def test_a_value_of_numpys_is_a_number_in_the_file(tmp_path, monkeypatch):
+    """PASCAL VOC's and the semantic evaluator return what weights_only=True does not read."""
+    train(tmp_path, monkeypatch, boxes(np.float64(3)))
+    assert type(best(tmp_path)[1]["value"]) is float
+    train(tmp_path, monkeypatch, boxes(0, np.float64(2)), resume=True)
+    assert best(tmp_path)[1] == {"metric": "bbox/AP", "value": 3, "iterations": 1}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,7 +189,9 @@ def test_the_last_finite_checkpoint_is_found(tmp_path):
         torch.save({"model": {"weight": torch.full((3,), value), "count": torch.tensor(1)}}, path)
         os.utime(path, (index, index))
     (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    shutil.copyfile(tmp_path / "model_0.pth", tmp_path / "previous_model_best.pth")  # the newest, of another run
     assert last_finite_checkpoint(str(tmp_path)) == str(tmp_path / "model_1.pth")
+    assert last_finite_checkpoint(str(tmp_path), since=1.5) == ""
 
 
 def test_what_distill_counts_in_iterations_scales_with_the_schedule():

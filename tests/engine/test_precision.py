@@ -118,6 +118,16 @@ def test_a_float16_training_keeps_its_scale(tmp_path):
     cpu.load_state_dict(state)  # a training that began on another device
 
 
+def test_gradients_are_scaled_where_the_distillers_alone_compute_in_float16():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for own in (None, torch.bfloat16):
+        arguments = (model, [], optimizer, torch.device("cpu"), own, 1)
+        assert StepTrainer(*arguments, torch.float16).grad_scaler.is_enabled()
+        assert "grad_scaler" in StepTrainer(*arguments, torch.float16).state_dict()
+        assert not StepTrainer(*arguments, torch.bfloat16).grad_scaler.is_enabled()
+
+
 def _scaler_state():
     return {
         "scale": 65536.0,

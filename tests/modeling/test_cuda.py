@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import detectron2.layers
 import pytest
@@ -13,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from distill.distillers import Distiller
+from distill.engine.hooks import DrawDenseDetections
 from distill.modeling.loss_weights import LossWeights
 from distill.prototypes.bank import PrototypeBank
 from tests.helpers import (
@@ -152,6 +154,22 @@ def test_a_step_in_float16_stays_on_the_gpu(tmp_path, kind, half_size):
     model.student.backbone.register_forward_hook(lambda module, args, output: seen.append(output["p4"].dtype))
     cuda_losses(model, batches[1:], torch.float16)  # one batch, since float16 is slow on the CPU
     assert seen[-1] == torch.float16  # autocast was on
+
+
+@pytest.mark.parametrize("kind, half_size", [("faster_rcnn", False), ("faster_rcnn", True), ("fcos", False)])
+def test_images_are_drawn_from_the_gpu(tmp_path, kind, half_size):
+    """Detectron2 draws annotations that lie on the CPU alone."""
+    model = build(tmp_path, kind, ["ImitationDistiller"], half_size, **{"VIS_PERIOD": 1})
+    batch = random_batch(*SIZES)
+    step(model, batch)
+    hook = DrawDenseDetections(model.student, period=1)
+    hook.trainer = SimpleNamespace(iter=0)
+    if kind == "fcos":
+        hook.before_train()
+    with fake_cuda(), EventStorage() as storage:
+        to_cuda(model)
+        model(batch)
+    assert [image.shape[0] for _, image, *_ in storage._vis_data] == [3]
 
 
 class Stray(Distiller):
