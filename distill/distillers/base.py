@@ -31,12 +31,15 @@ class Distiller(nn.Module):
 
     Attributes:
         undecayed: names of losses whose weight does not fall.
+        levels: names of the backbone's levels whose features it compares; None for all that both sides have. Levels of
+            the student that neither a distiller nor a head takes are frozen.
 
     Raises:
         DistillError: one of the arguments is out of range.
     """
 
     undecayed: Sequence[str] = ()
+    levels: Sequence[str] | None = None
 
     def __init__(self, loss_weight: float = 1.0, warmup_iters: int = 0, decay: float = 0.0) -> None:
         super().__init__()

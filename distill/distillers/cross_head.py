@@ -35,6 +35,8 @@ class CrossKDDistiller(Distiller):
         weight_settings: arguments of :class:`Distiller`.
     """
 
+    levels = ()  # but those that the heads take
+
     @configurable
     def __init__(
         self,

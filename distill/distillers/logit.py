@@ -41,6 +41,8 @@ class LogitDistiller(Distiller):
         weight_settings: arguments of :class:`Distiller`.
     """
 
+    levels = ()
+
     @configurable
     def __init__(
         self,

@@ -100,8 +100,8 @@ class DistillationModel(Wrapper):
             teacher = build_teacher(cfg)
             own, given = student.backbone.output_shape(), teacher.output_shape
             distillers = build_distillers(cfg, scaling.shape(own, given), given)
-        compared = [key for key, name in scaling.levels(own, given).items() if name in given] if distillers else []
-        freeze_unused_levels(student, compared)
+        compared = {level for d in distillers.values() for level in (given if d.levels is None else d.levels)}
+        freeze_unused_levels(student, [k for k, level in scaling.levels(own, given).items() if level in compared])
         parameters = sum(p.numel() for p in student.parameters()) / 1e6
         logger.info(
             f"Student: {type(student).__name__}, {parameters:.1f} M parameters, "
@@ -143,11 +143,14 @@ class DistillationModel(Wrapper):
         if not self.training:
             return self.student(batched_inputs)
         self._check_sizes(batched_inputs)
-        batched_inputs = _on_device(batched_inputs, self.student.device)
+        batched_inputs, own_inputs = _on_device(batched_inputs, self.student.device), batched_inputs
         teacher = self.teacher.view(batched_inputs)
         if self.distillers:
             teacher.images  # noqa: B018  first, so that the memory it runs in is free again for the student
-        detection = dict(self.student(self._scaling.batch(batched_inputs, self.student.device)))
+        # Detectron2 draws the annotations that it is given, from the CPU
+        is_drawing = getattr(self.student, "vis_period", 0) > 0
+        given = _with_images_of(batched_inputs, own_inputs) if is_drawing else batched_inputs
+        detection = dict(self.student(self._scaling.batch(given, self.student.device)))
         record = self._tap.take()
         outputs = {name: tap.take()[1] for name, tap in self._taps.items() if tap.has_record}
         student = self._student_view(batched_inputs, lambda: self._given(record), frozen=False, outputs=outputs)
@@ -207,7 +210,8 @@ class DistillationModel(Wrapper):
         return self._student_view(batched_inputs, features, frozen=True), self.teacher.view(batched_inputs)
 
     def _inheritable_weights(self) -> dict[str, Tensor]:
-        return inheritable_weights(self.student, self.teacher.model, self._inherit, self._scaling.scale)
+        teacher, scale = self.teacher, self._scaling.scale
+        return inheritable_weights(self.student, teacher.model, self._inherit, scale, teacher.flip_channels)
 
     def _student_view(self, *args: Any, **settings: Any) -> DetectorView:
         dtype = autocast_dtype(self.student.device)
@@ -238,6 +242,10 @@ def _on_device(batched_inputs: list[dict], device: torch.device) -> list[dict]:
     """The batch with images and annotations where the student and the teacher want them, moved once for both."""
     moved = [{**x, "image": x["image"].to(device, non_blocking=True)} for x in batched_inputs]
     return [{**x, "instances": x["instances"].to(device)} if "instances" in x else x for x in moved]
+
+
+def _with_images_of(moved: list[dict], batched_inputs: list[dict]) -> list[dict]:
+    return [{**x, "image": y["image"]} for x, y in zip(batched_inputs, moved)]
 
 
 def _checked(name: str, result: Any, taken: set[str]) -> dict[str, Tensor]:

@@ -9,7 +9,11 @@ from ..errors import DistillError
 
 
 def inheritable_weights(
-    student: nn.Module, teacher: nn.Module, prefixes: Sequence[str], scale: float = 1.0
+    student: nn.Module,
+    teacher: nn.Module,
+    prefixes: Sequence[str],
+    scale: float = 1.0,
+    flip_channels: bool = False,
 ) -> dict[str, Tensor]:
     """Finds the teacher's weights for the parts of the student that ``prefixes`` name.
 
@@ -18,13 +22,15 @@ def inheritable_weights(
         teacher: the teacher.
         prefixes: beginnings of weight names, such as "backbone.fpn_" or "roi_heads".
         scale: the size at which the student sees the images, relative to the teacher.
+        flip_channels: whether one side's images are RGB and the other's BGR.
 
     Returns:
         The teacher's weights by name.
 
     Raises:
         DistillError: a prefix names nothing; a weight that one names is missing in the teacher or has another shape
-            there; or a head is named whose anchors are not the teacher's at the scale.
+            there; a head is named whose anchors are not the teacher's at the scale; or the first convolution is, and
+            the images that it sees differ in the order of channels, in their mean or in their standard deviation.
     """
     own, given = student.state_dict(), teacher.state_dict()
     for prefix in prefixes:
@@ -48,7 +54,26 @@ def inheritable_weights(
         )
     if scale != 1:
         _check_anchors(student, teacher, wanted, scale)
+    if any(key.startswith("backbone.") and own[key].dim() == 4 and own[key].shape[1] == 3 for key in wanted):
+        _check_images(student, teacher, flip_channels)
     return {key: given[key] for key in wanted}
+
+
+def _check_images(student: nn.Module, teacher: nn.Module, flip_channels: bool) -> None:
+    problems = ["one side's are RGB and the other's BGR"] if flip_channels else []
+    for name in ("pixel_mean", "pixel_std"):
+        own, given = (getattr(side, name, None) for side in (student, teacher))
+        if own is None or given is None or flip_channels:
+            continue
+        if not torch.allclose(own.cpu(), given.cpu(), rtol=1e-2):
+            texts = [[round(x, 2) for x in side.flatten().tolist()] for side in (own, given)]
+            problems.append(f"{name} is {texts[0]} in the student and {texts[1]} in the teacher")
+    if problems:
+        raise DistillError(
+            f"DISTILL.STUDENT.INHERIT names the first convolution, and the images that it sees differ: "
+            f"{'; '.join(problems)}. Give the student the teacher's INPUT.FORMAT, MODEL.PIXEL_MEAN and "
+            "MODEL.PIXEL_STD, or inherit only what is behind the backbone's bottom-up network."
+        )
 
 
 def _check_anchors(student: nn.Module, teacher: nn.Module, keys: Sequence[str], scale: float) -> None:

@@ -1,5 +1,6 @@
 """The frame: student, teacher and distillers in one step, for every detector."""
 
+import contextlib
 import copy
 
 import pytest
@@ -211,6 +212,47 @@ def test_inheriting_what_does_not_fit_lists_it(tmp_path):
         build_pair(tmp_path, **{"DISTILL.STUDENT.INHERIT": ["backbone.fpn_"]})
     with pytest.raises(DistillError, match=r"'fpn', but no weight .*backbone.fpn_lateral2"):
         build_pair(tmp_path, **{"DISTILL.STUDENT.INHERIT": ["fpn"]})
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"INPUT.FORMAT": "RGB"}, "one side's are RGB and the other's BGR"),
+        ({"MODEL.PIXEL_STD": [57.0, 57.0, 58.0]}, r"pixel_std is \[57.0, 57.0, 58.0\] in the student and \[580.0, "),
+    ],
+)
+def test_a_first_convolution_is_inherited_for_the_same_images_only(tmp_path, values, message):
+    overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
+    for parts in (["backbone.fpn_", "roi_heads"], ["backbone"]):
+        cfg = distillation_cfg(detector_cfg("faster_rcnn", **values), overrides, **{"DISTILL.STUDENT.INHERIT": parts})
+        with contextlib.nullcontext() if len(parts) > 1 else pytest.raises(DistillError, match=message):
+            build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    "distillers, values, frozen",
+    [
+        (["ReviewDistiller"], {"DISTILL.REVIEW.LEVELS": ["p3", "p4", "p5"]}, ["lateral2", "output2"]),
+        (["ReviewDistiller"], {}, []),
+        (["LogitDistiller"], {}, ["lateral2", "output2"]),
+        (["LogitDistiller", "ImitationDistiller"], {"DISTILL.IMITATION.LEVELS": ["p2"]}, []),
+    ],
+)
+def test_a_level_that_nobody_takes_is_frozen(tmp_path, distillers, values, frozen):
+    """Its weights would get no gradient, which is an error on several GPUs."""
+    levels = {
+        "MODEL.RPN.IN_FEATURES": ["p3", "p4", "p5", "p6"],
+        "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"],
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[32]],
+    }
+    overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn", **levels))
+    values = {"DISTILL.DISTILLERS": distillers, **values}
+    model = build_model(distillation_cfg(detector_cfg("faster_rcnn", **levels), overrides, **values)).train()
+    sum(model(random_batch((96, 96))).values()).backward()
+    for name, weight in model.student.backbone.named_parameters():
+        is_frozen = any(part in name for part in frozen)
+        if name.startswith("fpn_"):
+            assert weight.requires_grad != is_frozen and (weight.grad is None) == is_frozen, name
 
 
 def test_distillation_losses_are_float32_under_bfloat16_autocast(tmp_path):
