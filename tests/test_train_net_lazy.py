@@ -10,12 +10,13 @@ import time
 import pytest
 import torch
 from detectron2.config import LazyConfig
+from detectron2.engine import default_argument_parser
 
-from distill.config import override
+from distill.config import override, write_record
 from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import DistillationModel
-from distill.recipes import LazyRecipe, load_recipe, translate_message
+from distill.recipes import LazyRecipe, YamlRecipe, load_recipe, translate_message
 from tests.helpers import ROOT, detector_cfg, run_script, script_environment, write_teacher
 from tests.modeling.test_lazy_teachers import write_lazy_teacher
 from tests.test_train_net import SMALL_SCENES, read_metrics
@@ -173,6 +174,37 @@ def test_a_config_that_cannot_be_dumped_is_exported_as_its_file_and_overrides(tm
     loaded = LazyConfig.load(written)
     assert "distill" not in loaded
     assert loaded.train.init_checkpoint == str(tmp_path / "model_final.pth") and loaded.train.device == "cpu"
+    again, distilled = str(tmp_path / "again.py"), str(tmp_path / "distilled.py")
+    write_record(again, written, [])  # of a training that starts from it
+    assert not LazyRecipe(again).is_distilled
+    write_record(distilled, written, ["distill.DISTILLERS=[CWDDistiller]"])
+    assert LazyRecipe(distilled).cfg.DISTILL.DISTILLERS == ["CWDDistiller"]
+    assert LazyRecipe(distilled).cfg.DISTILL.BALANCE == 0
+
+
+def test_a_config_with_a_class_of_its_own_is_exported_as_its_file_and_overrides(tmp_path):
+    more = (
+        "from detectron2.modeling.meta_arch import GeneralizedRCNN\n"
+        "class MyDetector(GeneralizedRCNN):\n    pass\nmodel._target_ = MyDetector\n"
+    )
+    recipe = LazyRecipe(write_student(tmp_path, more=more), ["train.device=cpu"])
+    written = recipe.write(str(tmp_path), str(tmp_path / "model_final.pth"))
+    assert written == str(tmp_path / "config.py") and not list(tmp_path.glob("config.yaml*"))
+    assert type(LazyRecipe(written).build_detector()).__name__ == "MyDetector"
+
+
+def test_a_yaml_run_is_not_taken_for_the_python_one_before_it(tmp_path):
+    args = default_argument_parser().parse_args([])
+    recipe = LazyRecipe(
+        write_student(tmp_path), ["train.device=cpu", override("train.output_dir", str(tmp_path / "out"))]
+    )
+    recipe.setup(args)
+    assert (tmp_path / "out" / "config.py").is_file()
+    cfg = detector_cfg("retinanet", OUTPUT_DIR=str(tmp_path / "out"))
+    (tmp_path / "mine.yaml").write_text(cfg.dump())
+    args.config_file = str(tmp_path / "mine.yaml")
+    YamlRecipe(cfg).setup(args)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*config.*")) == ["config.yaml", "previous_config.py"]
 
 
 def test_a_yaml_student_learns_from_a_new_baseline_which_is_evaluated_as_its_config_says(tmp_path):
@@ -290,6 +322,21 @@ def test_a_student_at_half_the_size_in_python(tmp_path):
     assert max(image["image"].shape[1:]) == 64 and len(image["instances"]) > 0  # as the teacher sees it
     exported = recipe.plain()
     assert exported.cfg.INPUT.MIN_SIZE_TRAIN == (32,) and not exported.is_distilled
+    flip = "import detectron2.data.transforms as T\nfrom detectron2.config import LazyCall\n"
+    flip += "dataloader.train.mapper.augmentations.append(LazyCall(T.RandomFlip)(horizontal=True))\n"  # as COCO's
+    undumped = "model.roi_heads.box_head.conv_norm = lambda channels: None\n"
+    recipe = LazyRecipe(write_student(tmp_path, more=half + flip + undumped), opts)
+    (tmp_path / "out").mkdir()
+    written = recipe.plain().write(str(tmp_path / "out"), "w.pth")
+    assert written.endswith("config.py")
+    first, last = LazyConfig.load(written).dataloader.train.mapper.augmentations
+    assert (first.short_edge_length, first.max_size) == (32, 32) and "short_edge_length" not in last
+    crop = "import detectron2.data.transforms as T\nfrom detectron2.config import LazyCall\n"
+    crop += (
+        "dataloader.train.mapper.augmentations.append(LazyCall(T.RandomCrop)(crop_type='absolute', crop_size=(9, 9)))\n"
+    )
+    with pytest.raises(DistillError, match="those of RandomCrop cannot be: expected ResizeShortestEdge"):
+        LazyRecipe(write_student(tmp_path, more=half + crop), opts).plain()
 
 
 def test_an_optimizers_state_of_detectron2s_own_trainer_is_taken_over(tmp_path):

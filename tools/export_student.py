@@ -88,11 +88,16 @@ def export(config_file: str, weights: str, output: str, opts: list[str]) -> None
         opts: overrides of the config.
 
     Raises:
-        DistillError: the checkpoint does not fill the student.
+        DistillError: the checkpoint does not fill the student, or ``output`` is its own folder.
     """
+    folder = Path(output)
+    if folder.resolve() in {Path(given).resolve().parent for given in (config_file, weights)}:
+        raise DistillError(
+            f"--output is {output}, which holds the training itself: its config and checkpoint would be written over. "
+            "Name another folder."
+        )
     recipe = load_recipe(config_file, opts).plain()
     model = load_student(recipe, weights, "cpu")
-    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
     written = recipe.write(str(folder), str(folder / "model_final.pth"))

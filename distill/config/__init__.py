@@ -2,7 +2,7 @@
 
 from .checks import auto_scale_workers, check_output_dir, check_solver, records_kept
 from .defaults import add_distill_config, add_weight_config
-from .lazy import load_lazy_config, override, write_record
+from .lazy import forget_record, load_lazy_config, override, write_record
 from .loading import (
     CLASS_NODES,
     detector_config,
@@ -27,6 +27,7 @@ __all__ = [
     "check_solver",
     "detector_config",
     "drop_backbone_weights",
+    "forget_record",
     "import_modules",
     "load_config",
     "load_lazy_config",

@@ -1,6 +1,7 @@
 """Checks of numbers and folders before anything is built, and how schedules scale with the number of processes."""
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 
 from ..errors import DistillError
+
+logger = logging.getLogger(__name__)
 
 # keys of DISTILL and its distillers that count iterations
 _ITERATIONS = ("WARMUP_ITERS", "UPDATE_PERIOD", "GRADIENT_LOG_PERIOD")
@@ -98,6 +101,8 @@ def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     Returns:
         The same config, or a scaled copy.
     """
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:  # tools/report.py reads it: the config that is written is the one before
+        logger.info(f"The schedule is for {num_workers} processes")
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
     if scaled is cfg:
         return cfg

@@ -86,17 +86,35 @@ def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False)
     """
     source, from_zoo = resolve_config_file(name)
     with open(source) as f:
-        if f.read().startswith(_RECORD):
+        text = f.read()
+        if text.startswith(_RECORD):
+            had_none = ".pop('distill'" in text
             source, earlier = LazyConfig.load(source, ("_file", "_overrides"))
             earlier = [opt for opt in earlier if not (plain and opt.startswith("distill."))]
-            opts, from_zoo = [*earlier, *opts], False
+            opts, from_zoo, plain = [*earlier, *opts], False, plain or had_none
     location = f"model_zoo.get_config_file({name!r})" if from_zoo else repr(os.path.abspath(source))
     lines = "".join(f"    {opt!r},\n" for opt in opts)
     with open(f"{path}.tmp", "w") as f:  # then renamed: another process may be reading the file
         f.write(
             f"{_RECORD}\n{'from detectron2 import model_zoo' if from_zoo else ''}\n"
             f"from detectron2.config import LazyConfig\n\n_file = {location}\n_overrides = [\n{lines}]\n"
-            "globals().update(LazyConfig.apply_overrides(LazyConfig.load(_file), _overrides))\n"
-            f"{'globals().pop(' + repr('distill') + ', None)' if plain else ''}\n"
+            "_config = LazyConfig.load(_file)\n"
+            + ("_config.pop('distill', None)\n" if plain else "")
+            + "globals().update(LazyConfig.apply_overrides(_config, _overrides))\n"
         )
     os.replace(f"{path}.tmp", path)
+
+
+def forget_record(folder: str) -> None:
+    """Renames the record of an earlier run to ``previous_config.py``.
+
+    Args:
+        folder: OUTPUT_DIR. A ``config.py`` there that is no record stays.
+    """
+    path = os.path.join(folder, "config.py")
+    if not os.path.isfile(path):
+        return
+    with open(path) as f:
+        is_record = f.read(len(_RECORD)) == _RECORD
+    if is_record:
+        os.replace(path, os.path.join(folder, "previous_config.py"))

@@ -19,6 +19,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import fcos
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import Optimizer
@@ -33,6 +34,9 @@ from .translate import translate
 logger = logging.getLogger(__name__)
 
 _PARTS = ("dataloader.train", "optimizer", "lr_multiplier", "train.max_iter", "train.output_dir")
+# augmentations that do the same at any size
+_OF_ANY_SIZE = ("RandomFlip", "RandomBrightness", "RandomContrast", "RandomSaturation", "RandomLighting")
+_AUGMENTATIONS = "dataloader.train.mapper.augmentations"
 
 
 class LazyRecipe(Recipe):
@@ -85,7 +89,14 @@ class LazyRecipe(Recipe):
         plain._opts = [opt for opt in self._opts if not opt.lstrip("+").startswith("distill.")]
         scale = self.cfg.DISTILL.STUDENT.INPUT_SCALE
         if scale != 1:  # the sizes of training images become those that the student saw
-            _scale_resizes(OmegaConf.select(plain.lazy, "dataloader.train.mapper.augmentations"), scale)
+            augmentations = OmegaConf.select(plain.lazy, _AUGMENTATIONS)
+            _scale_resizes(augmentations, scale)
+            plain._opts += [  # for a record, which executes the original file
+                f"{_AUGMENTATIONS}.{i}.{key}={OmegaConf.to_container(augmentations)[i][key]}"
+                for i, node in enumerate(augmentations)
+                for key in ("short_edge_length", "max_size")
+                if key in node
+            ]
         plain._read()
         return plain
 
@@ -98,8 +109,8 @@ class LazyRecipe(Recipe):
         with _silenced("detectron2.config.lazy"):
             LazyConfig.save(lazy, path)
         try:
-            LazyConfig.load(path)
-        except Exception:  # the dump is text only
+            _locate_targets(OmegaConf.to_container(LazyConfig.load(path), resolve=False))
+        except Exception:  # the dump is text only, or names what the file itself defines
             for written in (path, f"{path}.pkl"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(written)
@@ -231,15 +242,27 @@ class LazyRecipe(Recipe):
         return evaluate_on(model, instantiate(dataloader.test), instantiate(dataloader.evaluator), names)
 
 
+def _locate_targets(node: Any) -> None:
+    """Looks for whatever a config builds; an error of Detectron2's if something is nowhere to be found."""
+    for child in node.values() if isinstance(node, dict) else node:
+        if isinstance(child, (dict, list)):
+            _locate_targets(child)
+    if isinstance(node, dict) and isinstance(node.get("_target_"), str):
+        locate(node["_target_"])
+
+
 def _scale_resizes(augmentations: Any, scale: float) -> None:
     """Scales the sizes that images are resized to, in place."""
     for resize in augmentations:
         if "short_edge_length" not in resize:
-            if "prob" in resize:  # a flip
+            target = resize.get("_target_")
+            name = target if isinstance(target, str) else getattr(target, "__name__", "")
+            if name.rpartition(".")[2] in _OF_ANY_SIZE:
                 continue
             raise DistillError(
-                "At DISTILL.STUDENT.INPUT_SCALE below 1, dataloader.train.mapper and dataloader.test.mapper are to "
-                "have the augmentations ResizeShortestEdge and RandomFlip only, whose sizes can be scaled."
+                f"At DISTILL.STUDENT.INPUT_SCALE below 1 the sizes of images are scaled, and those of {name or resize} "
+                "cannot be: expected ResizeShortestEdge in dataloader.train.mapper and dataloader.test.mapper, and "
+                f"beside it {', '.join(_OF_ANY_SIZE)} only."
             )
         lengths = resize.short_edge_length
         lengths = [lengths] if isinstance(lengths, int) else list(lengths)

@@ -19,10 +19,18 @@ from detectron2.engine import default_setup
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
 from torch import nn
 from torch.optim import Optimizer
 
-from ..config import auto_scale_workers, drop_backbone_weights, plain_config, resolve_config_file, student_config
+from ..config import (
+    auto_scale_workers,
+    drop_backbone_weights,
+    forget_record,
+    plain_config,
+    resolve_config_file,
+    student_config,
+)
 from ..data import CheckedMapper
 from ..errors import DistillError
 from ..evaluation import check_evaluators
@@ -52,6 +60,9 @@ class YamlRecipe(Recipe):
 
     def setup(self, args: Namespace) -> None:
         default_setup(self.cfg, Namespace(**{**vars(args), "config_file": resolve_config_file(args.config_file)[0]}))
+        if comm.is_main_process() and not getattr(args, "eval_only", False):
+            # or an earlier run's Python config would be taken for this one's
+            forget_record(self.cfg.OUTPUT_DIR)
 
     def check(self) -> None:
         """A yaml config has defaults for whatever a training takes."""

@@ -64,6 +64,16 @@ def test_export_and_checkpoint_load_in_plain_detectron2(tmp_path, kind):
         np.testing.assert_array_equal(got["scores"], expected.scores.numpy())
 
 
+def test_a_training_is_not_written_over(tmp_path):
+    config, weights = tmp_path / "config.yaml", tmp_path / "model_final.pth"
+    config.write_text("a config")
+    weights.write_bytes(b"a checkpoint")
+    arguments = ("--config-file", str(config), "--weights", str(weights), "--output", f"{tmp_path}/.")
+    result = run_script("tools/export_student.py", *arguments)
+    assert result.returncode == 1 and "which holds the training itself" in result.stderr
+    assert config.read_text() == "a config" and weights.read_bytes() == b"a checkpoint"
+
+
 def test_a_checkpoint_that_does_not_fill_the_student_is_refused(tmp_path):
     cfg = detector_cfg("faster_rcnn")
     (tmp_path / "cfg.yaml").write_text(cfg.dump())

@@ -31,9 +31,9 @@ def tools():
     before = list(sys.path)
     sys.path.insert(0, str(ROOT / "tools"))
     import report
-    from report_parts import curves, pictures, reading
+    from report_parts import curves, pictures, reading, tables
 
-    yield {"report": report, "curves": curves, "pictures": pictures, "reading": reading}
+    yield {"report": report, "curves": curves, "pictures": pictures, "reading": reading, "tables": tables}
     sys.path[:] = before
 
 
@@ -186,6 +186,17 @@ def test_a_plain_run_and_a_folder_that_is_none(runs, tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     (last,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert f"{runs / 'data'} is no run: expected the OUTPUT_DIR of a training" in last
+
+
+def test_a_schedule_is_that_of_the_processes_that_trained(tools, tmp_path):
+    cfg = detector_cfg("retinanet", **{"SOLVER.REFERENCE_WORLD_SIZE": 8, "SOLVER.IMS_PER_BATCH": 16})
+    cfg.SOLVER.MAX_ITER = 900
+    write_run(tmp_path / "one", cfg, [{"iteration": 3599, "total_loss": 2.0}], "")
+    log = "[01/01 10:00:00] d2.distill INFO: The schedule is for 8 processes\n" + LOG
+    (tmp_path / "one" / "log.txt").write_text(log + log.replace("for 8", "for 1"))  # the last training counts
+    (run,) = tools["report"].read_runs([tmp_path / "one"])
+    facts = tools["tables"].describe(run.recipe, run)
+    assert (facts["Iterations"], facts["Images per iteration"]) == ("3,600 of 7,200", "2")
 
 
 def test_runs_of_one_name_are_told_apart(tools, runs, tmp_path):

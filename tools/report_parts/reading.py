@@ -21,6 +21,7 @@ from distill.modeling.teacher import teacher_recipe
 from distill.recipes import Recipe, load_recipe
 
 _METRIC = re.compile(r"(?:(.*?)/)??(bbox|segm|keypoints)/(AP.*)", re.DOTALL)
+_SCALED = re.compile(r"The schedule is for (\d+) processes")
 _ROW = re.compile(r"\| *(\S+) *\| *([-+.\de]+) *\| *(\d+) *\| *([-+.\de]+) *\|")
 
 
@@ -113,7 +114,9 @@ class Run:
         if self.cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
         self.records = _read_records(folder)
-        self.versions, self.weighing = _read_log(folder / "log.txt")
+        self.versions, self.weighing, num_processes = _read_log(folder / "log.txt")
+        if num_processes:
+            self.recipe.scale_workers(num_processes)
 
     @property
     def cfg(self) -> Any:
@@ -242,11 +245,11 @@ def _evaluations(records: dict[int, dict], test_sets: Sequence[str]) -> dict[int
     return {i: scores for i, scores in found.items() if scores}
 
 
-def _read_log(path: Path) -> tuple[dict[str, str], dict[str, tuple[float, int, float]]]:
-    """Versions and the distillers' weights, the last that a log has."""
-    versions, weighing, in_table = {}, {}, False
+def _read_log(path: Path) -> tuple[dict[str, str], dict[str, tuple[float, int, float]], int]:
+    """Versions, the distillers' weights, and how many processes the schedule is for (0: any): the last in a log."""
+    versions, weighing, num_processes, in_table = {}, {}, 0, False
     if not path.is_file():
-        return versions, weighing
+        return versions, weighing, num_processes
     with path.open(errors="replace") as lines:
         for line in lines:
             first, _, rest = line.partition(" ")
@@ -260,4 +263,6 @@ def _read_log(path: Path) -> tuple[dict[str, str], dict[str, tuple[float, int, f
                     weighing[row[1]] = (float(row[2]), int(row[3]), float(row[4]))
             else:
                 in_table = False
-    return versions, weighing
+                scaled = _SCALED.search(line)
+                num_processes = int(scaled[1]) if scaled else num_processes
+    return versions, weighing, num_processes
