@@ -13,6 +13,7 @@ def event_storage():
 LONG = (
     "test_train_net",
     "test_train_net_lazy",
+    "test_export_lazy",
     "test_evidence",
     "test_demo",
     "test_check_gpu",

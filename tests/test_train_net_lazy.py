@@ -12,7 +12,7 @@ import torch
 from detectron2.config import LazyConfig
 from detectron2.engine import default_argument_parser
 
-from distill.config import override, write_record
+from distill.config import override
 from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import DistillationModel
@@ -109,88 +109,6 @@ def test_a_distill_node_a_kill_and_two_processes(tmp_path):
     assert metrics["loss_structural"] > 0 and metrics["loss_local"] > 0 and "loss_global" in metrics
     final = torch.load(tmp_path / "out" / "model_final.pth")
     assert final["iteration"] == done + 1
-
-
-PLAIN = """
-import json, sys
-sys.modules["distill"] = None  # importing it fails
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, instantiate
-from detectron2.data.datasets import register_coco_instances
-from detectron2.evaluation import inference_on_dataset
-
-config, weights, annotations, images = sys.argv[1:]
-register_coco_instances("digit_scenes_val", {}, annotations, images)
-cfg = LazyConfig.load(config)
-model = instantiate(cfg.model).eval()
-DetectionCheckpointer(model).load(weights or cfg.train.init_checkpoint)
-results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
-print("AP", results["bbox"]["AP50"], results["segm"]["AP50"])
-"""
-
-
-def test_the_student_leaves_as_plain_detectron2_with_the_same_ap(tmp_path):
-    from distill.data.digit_scenes import prepare_digit_scenes
-
-    evaluator = (
-        "from detectron2.config import LazyCall as L\nfrom detectron2.evaluation import COCOEvaluator\n"
-        "dataloader.evaluator = L(COCOEvaluator)(dataset_name='${..test.dataset.names}')\n"
-        "model.roi_heads.box_predictor.test_score_thresh = 0.0\n"
-        "model.roi_heads.box_predictor.test_topk_per_image = 10\n"
-    )
-    config = write_student(tmp_path, more=evaluator)
-    arguments = ["--config-file", config, "--distill", "ReviewDistiller", *teacher_arguments(tmp_path)]
-    result = run_script("train_net.py", *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
-    trained = read_metrics(tmp_path / "out")
-    weights = str(tmp_path / "out" / "model_final.pth")
-    record = str(tmp_path / "out" / "config.py")
-    (tmp_path / "teacher.pth").unlink()  # neither evaluating nor exporting needs it
-    result = run_script("train_net.py", "--eval-only", "--config-file", record, f"train.init_checkpoint={weights}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    copied = [line for line in result.stdout.splitlines() if "copypaste: " in line and "," in line and "AP" not in line]
-    aps = [float(line.rsplit(" ", 1)[1].split(",")[1]) for line in copied]
-    assert aps == pytest.approx([trained["bbox/AP50"], trained["segm/AP50"]], abs=1e-4)
-
-    out = tmp_path / "exported"
-    result = run_script("tools/export_student.py", "--config-file", record, "--weights", weights, "--output", str(out))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "distill" not in (out / "config.yaml").read_text().replace(str(tmp_path), "")
-    (tmp_path / "plain.py").write_text(PLAIN)
-    scenes = prepare_digit_scenes()
-    data = [str(scenes / "instances_val.json"), str(scenes / "JPEGImages")]
-    result = run_script(str(tmp_path / "plain.py"), str(out / "config.yaml"), "", *data, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = [float(x) for x in result.stdout.strip().splitlines()[-1].split()[1:]]
-    assert found == pytest.approx([trained["bbox/AP50"], trained["segm/AP50"]], abs=1e-4)
-
-
-def test_a_config_that_cannot_be_dumped_is_exported_as_its_file_and_overrides(tmp_path):
-    more = "model.roi_heads.box_head.conv_norm = lambda channels: None\n"
-    opts = ["train.device=cpu", "distill.DISTILLERS=[ReviewDistiller]"]
-    recipe = LazyRecipe(write_student(tmp_path, more=f"{more}distill = dict(BALANCE=0.5)\n"), opts)
-    written = recipe.plain().write(str(tmp_path), str(tmp_path / "model_final.pth"))
-    assert written == str(tmp_path / "config.py") and not list(tmp_path.glob("config.yaml*"))
-    loaded = LazyConfig.load(written)
-    assert "distill" not in loaded
-    assert loaded.train.init_checkpoint == str(tmp_path / "model_final.pth") and loaded.train.device == "cpu"
-    again, distilled = str(tmp_path / "again.py"), str(tmp_path / "distilled.py")
-    write_record(again, written, [])  # of a training that starts from it
-    assert not LazyRecipe(again).is_distilled
-    write_record(distilled, written, ["distill.DISTILLERS=[CWDDistiller]"])
-    assert LazyRecipe(distilled).cfg.DISTILL.DISTILLERS == ["CWDDistiller"]
-    assert LazyRecipe(distilled).cfg.DISTILL.BALANCE == 0
-
-
-def test_a_config_with_a_class_of_its_own_is_exported_as_its_file_and_overrides(tmp_path):
-    more = (
-        "from detectron2.modeling.meta_arch import GeneralizedRCNN\n"
-        "class MyDetector(GeneralizedRCNN):\n    pass\nmodel._target_ = MyDetector\n"
-    )
-    recipe = LazyRecipe(write_student(tmp_path, more=more), ["train.device=cpu"])
-    written = recipe.write(str(tmp_path), str(tmp_path / "model_final.pth"))
-    assert written == str(tmp_path / "config.py") and not list(tmp_path.glob("config.yaml*"))
-    assert type(LazyRecipe(written).build_detector()).__name__ == "MyDetector"
 
 
 def test_a_yaml_run_is_not_taken_for_the_python_one_before_it(tmp_path):

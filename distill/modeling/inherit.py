@@ -60,17 +60,16 @@ def inheritable_weights(
 
 
 def _check_images(student: nn.Module, teacher: nn.Module, flip_channels: bool) -> None:
+    """Refuses a first convolution that would see other images than it learned from."""
     problems = ["one side's are RGB and the other's BGR"] if flip_channels else []
     for name in ("pixel_mean", "pixel_std"):
         own, given = (getattr(side, name, None) for side in (student, teacher))
-        if own is None or given is None or flip_channels:
-            continue
-        if not torch.allclose(own.cpu(), given.cpu(), rtol=1e-2):
+        if own is not None and given is not None and not torch.allclose(own.cpu(), given.cpu(), rtol=1e-2):
             texts = [[round(x, 2) for x in side.flatten().tolist()] for side in (own, given)]
             problems.append(f"{name} is {texts[0]} in the student and {texts[1]} in the teacher")
     if problems:
         raise DistillError(
-            f"DISTILL.STUDENT.INHERIT names the first convolution, and the images that it sees differ: "
+            "DISTILL.STUDENT.INHERIT names the first convolution, and the images that it sees differ: "
             f"{'; '.join(problems)}. Give the student the teacher's INPUT.FORMAT, MODEL.PIXEL_MEAN and "
             "MODEL.PIXEL_STD, or inherit only what is behind the backbone's bottom-up network."
         )

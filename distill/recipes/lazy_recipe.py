@@ -92,8 +92,8 @@ class LazyRecipe(Recipe):
             augmentations = OmegaConf.select(plain.lazy, _AUGMENTATIONS)
             _scale_resizes(augmentations, scale)
             plain._opts += [  # for a record, which executes the original file
-                f"{_AUGMENTATIONS}.{i}.{key}={OmegaConf.to_container(augmentations)[i][key]}"
-                for i, node in enumerate(augmentations)
+                f"{_AUGMENTATIONS}.{i}.{key}={node[key]}"
+                for i, node in enumerate(OmegaConf.to_container(augmentations, resolve=True))
                 for key in ("short_edge_length", "max_size")
                 if key in node
             ]

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +16,12 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from distill.errors import DistillError
-from tests.helpers import ROOT, detector_cfg, distillation_cfg, run_script, write_coco
+from tests.helpers import detector_cfg, distillation_cfg, run_script, write_coco
 from tests.test_train_net_lazy import teacher_arguments, write_student
 from tests.tools.html_page import Page
 
 EVIL = "<script>alert('c1')</script>"
 SHAPES = {"path", "use", "rect", "circle"}
-
-
-@pytest.fixture(scope="module")
-def tools():
-    """Modules of tools/ by name."""
-    before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "tools"))
-    import report
-    from report_parts import curves, pictures, reading, tables
-
-    yield {"report": report, "curves": curves, "pictures": pictures, "reading": reading, "tables": tables}
-    sys.path[:] = before
 
 
 def write_run(folder, cfg, records, log=""):
@@ -273,56 +260,6 @@ def test_a_real_run_from_a_python_config_whose_teacher_is_evaluated(tmp_path):
     assert "Boxes on few" in parsed.words and "Masks on few" in parsed.words and len(parsed.images) == 6
 
 
-def literal_differences(first, second):
-    """Boxes without a counterpart, counted one by one."""
-
-    def iou(a, b):
-        w = min(a[2], b[2]) - max(a[0], b[0])
-        h = min(a[3], b[3]) - max(a[1], b[1])
-        common = max(w, 0) * max(h, 0)
-        return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
-
-    left = list(range(len(second.classes)))
-    alone = 0
-    for i in np.argsort(-np.asarray(first.scores), kind="stable"):
-        best, at = 0.5, None
-        for j in left:
-            if first.classes[i] == second.classes[j] and iou(first.boxes[i], second.boxes[j]) >= best:
-                best, at = iou(first.boxes[i], second.boxes[j]), j
-        if at is None:
-            alone += 1
-        else:
-            left.remove(at)
-    return alone + len(left)
-
-
-def test_images_are_chosen_as_a_literal_count_says(tools):
-    pictures = tools["pictures"]
-    generator = np.random.default_rng(0)
-
-    def some():
-        number = generator.integers(0, 6)
-        corners = generator.integers(0, 4, (number, 2)) * 5.0 + generator.random((number, 2))
-        classes = generator.integers(0, 2, number).tolist()
-        return pictures.Found(np.concatenate([corners, corners + 20], 1), classes, generator.random(number).tolist())
-
-    firsts, seconds = [[some() for _ in range(60)] for _ in range(2)]
-    counts = [literal_differences(a, b) for a, b in zip(firsts, seconds)]
-    assert [pictures.count_differences(a, b) for a, b in zip(firsts, seconds)] == counts
-    assert 0 in counts and len({*counts}) > 4
-    chosen = pictures.choose(firsts, seconds, 12)
-    expected = sorted(range(60), key=lambda i: (-counts[i], i))[:12]
-    assert chosen == expected
-    assert len(pictures.choose(firsts, seconds, 60)) == 60 - counts.count(0)
-
-
-def test_a_box_takes_the_free_one_of_its_class_that_overlaps_most(tools):
-    pictures = tools["pictures"]
-    first = pictures.Found(np.array([[0, 0, 10, 10], [0, 0, 10, 9.0]]), [1, 1], [0.5, 0.9])
-    second = pictures.Found(np.array([[0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 9.0]]), [1, 1, 0])
-    assert pictures.match(first, second) == {1: 0, 0: 1}  # the surer one first: IoU 0.9 and 0.89
-
-
 def test_images_are_shown_beside_the_truth_where_the_teachers_classes_are_others(runs, tools, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(runs / "teacher", teacher)
@@ -336,17 +273,6 @@ def test_images_are_shown_beside_the_truth_where_the_teachers_classes_are_others
     assert result.returncode == 0, result.stderr[-3000:]
     page = Page((tmp_path / "page.html").read_text())
     assert len(page.images) == 2 * 2 and "The teacher is not shown." in page.words
-
-
-def test_records_of_several_runs_in_one_file(tools):
-    merge, parse = tools["reading"].merge_records, tools["reading"].parse_scores
-    records = [{"iteration": i, "total_loss": float(i)} for i in (19, 39, 59)]
-    later = [{"iteration": 39, "total_loss": -1.0}, {"iteration": 20, "gradient_ratio/X": 2.0}]
-    merged = merge([*records, {"iteration": 20, "gradient_ratio/X": 1.0}, {"iteration": 60, "bbox/AP": 9.0}, *later])
-    assert merged == {19: records[0], 20: later[1], 39: later[0]}
-    found = parse({"a/bbox/AP-x/bbox/AP": 1.0, "a/segm/AP": 2.0, "lr": 3.0}, ["a", "b"])
-    assert found == {("a", "bbox", "AP-x/bbox/AP"): 1.0, ("a", "segm", "AP"): 2.0}
-    assert parse({"bbox/AP-x/bbox/AP": 1}, ["a"]) == {("a", "bbox", "AP-x/bbox/AP"): 1.0}
 
 
 def test_results_of_an_intermediate_checkpoint_are_those_of_its_iteration(tools, runs, tmp_path):
@@ -367,15 +293,6 @@ def test_results_of_an_intermediate_checkpoint_are_those_of_its_iteration(tools,
     (teacher / "metrics.json").write_text('{"iteration": }\n')
     with pytest.raises(DistillError, match="is damaged"):
         reading.Run(teacher)
-
-
-def test_a_curve_has_a_gap_where_a_loss_is_not_finite(tools):
-    curves = tools["curves"]
-    values = [1.0, 2.0, math.nan, 3.0, 4.0]
-    chart = curves.draw_chart("t", "c", [curves.Line("<b>", list(enumerate(values)), 0)])
-    (path,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--c0\)', chart.svg)
-    assert path.count("M") == 2 and path.count("L") == 2
-    assert curves.draw_chart("t", "c", [curves.Line("x", [(0, math.nan)], 0)]) is None
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
