@@ -4,9 +4,11 @@ trains two steps, these imports are most of the time. What is the project's own 
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -26,7 +28,9 @@ PRELOADED = [
 ]
 
 
-def run_in_fork(args: list[str], cwd: Path, timeout: int, env: dict[str, str]) -> subprocess.CompletedProcess:
+def run_in_fork(
+    args: list[str], cwd: Path, timeout: int, env: dict[str, str], processes: int = 1
+) -> subprocess.CompletedProcess:
     """As ``subprocess.run([python, *args], capture_output=True, text=True)``.
 
     Args:
@@ -34,9 +38,10 @@ def run_in_fork(args: list[str], cwd: Path, timeout: int, env: dict[str, str]) -
         cwd: where it runs.
         timeout: in seconds.
         env: all of its environment.
+        processes: how many at a time, each with the variables by which torchrun names its processes.
 
     Returns:
-        With exit status, output and errors.
+        With the highest exit status, and the output and errors of one process after the other.
 
     Raises:
         subprocess.TimeoutExpired: it took longer, and was killed.
@@ -51,15 +56,38 @@ def run_in_fork(args: list[str], cwd: Path, timeout: int, env: dict[str, str]) -
         os.environ.clear()
         os.environ.update(own)
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = context.Process(target=_run, args=(args, str(cwd), env, *map(str, files)))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        environments = [env] if processes == 1 else [{**env, **rank} for rank in _ranks(processes)]
+        outputs = [[f"{folder}/{name}{rank}" for rank in range(processes)] for name in ("stdout", "stderr")]
+        started = [
+            context.Process(target=_run, args=(args, str(cwd), own, *paths))
+            for own, *paths in zip(environments, *outputs)
+        ]
+        for process in started:
+            process.start()
+        deadline = time.monotonic() + timeout
+        for process in started:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [process for process in started if process.exitcode is None]
+        for process in late:
             process.kill()
             process.join()
+        if late:
             raise subprocess.TimeoutExpired(args, timeout)
-        return subprocess.CompletedProcess(args, process.exitcode, *(file.read_text() for file in files))
+        status = max((process.exitcode for process in started), key=abs)
+        return subprocess.CompletedProcess(args, status, *("".join(map(_read, paths)) for paths in outputs))
+
+
+def _ranks(processes: int) -> list[dict[str, str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text()
 
 
 def _run(args: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: str) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import distill.modeling  # noqa: F401  registers its meta-architectures and backbones
 from distill import add_distill_config
+from distill.data.digit_scenes import prepare_digit_scenes
 from distill.distillers import DISTILLER_REGISTRY
 
 from .forks import run_in_fork
@@ -195,6 +196,18 @@ def write_coco(folder):
     return str(folder / "instances.json"), str(folder)
 
 
+def write_few_scenes(folder: Path, number: int) -> list[str]:
+    """The first test images of the digit scenes as a dataset in COCO format; returns the annotation file and the image
+    folder."""
+    scenes = prepare_digit_scenes()
+    content = json.loads((scenes / "instances_val.json").read_text())
+    content["images"] = content["images"][:number]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [x for x in content["annotations"] if x["image_id"] in kept]
+    (folder / "few_scenes.json").write_text(json.dumps(content))
+    return [str(folder / "few_scenes.json"), str(scenes / "JPEGImages")]
+
+
 def averaging(fpn):
     """Makes an FPN compute averages over its cells and nothing else, so that what it sees can be located."""
 
@@ -227,11 +240,14 @@ def script_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run_script(*args: str, cwd: Path = ROOT, timeout: int = 1200, **env: str) -> subprocess.CompletedProcess:
-    """Runs a script of the project as a user does; another, or a module, in a Python of its own."""
+def run_script(
+    *args: str, cwd: Path = ROOT, timeout: int = 1200, processes: int = 1, **env: str
+) -> subprocess.CompletedProcess:
+    """Runs a script of the project as a user does, or as torchrun does in several processes; another script, or a
+    module, in a Python of its own."""
     env = {**script_environment(), **env}
     if cwd == ROOT and args[0].endswith(".py") and not Path(args[0]).is_absolute():
-        return run_in_fork(list(args), cwd, timeout, env)
+        return run_in_fork(list(args), cwd, timeout, env, processes)
     return subprocess.run(
         [sys.executable, *args],
         cwd=cwd,

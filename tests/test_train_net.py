@@ -285,7 +285,7 @@ def test_a_multi_scale_teacher_and_its_half_size_student_train_on_two_processes(
     scenes = {**SMALL_SCENES, f"MODEL.{node}.NUM_CLASSES": 10, "SOLVER.MAX_ITER": 3, "INPUT.MIN_SIZE_TRAIN": [93]}
     teacher = aligned_cfg(kind, **{**scenes, "OUTPUT_DIR": str(tmp_path / "teacher")})
     (tmp_path / "teacher.yaml").write_text(teacher.dump())
-    result = run_script("train_net.py", "--num-gpus", "2", "--config-file", str(tmp_path / "teacher.yaml"))
+    result = run_script("train_net.py", "--config-file", str(tmp_path / "teacher.yaml"), processes=2)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     name = "loss_cls"
     metrics = read_metrics(tmp_path / "teacher")
@@ -300,7 +300,7 @@ def test_a_multi_scale_teacher_and_its_half_size_student_train_on_two_processes(
     }
     cfg = distillation_cfg(aligned_cfg(kind, "half", **scenes), given, OUTPUT_DIR=str(tmp_path / "out"), **half)
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
-    result = run_script("train_net.py", "--num-gpus", "2", "--config-file", str(tmp_path / "cfg.yaml"))
+    result = run_script("train_net.py", "--config-file", str(tmp_path / "cfg.yaml"), processes=2)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "The student inherits" in log

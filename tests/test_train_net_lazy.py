@@ -17,7 +17,7 @@ from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import DistillationModel
 from distill.recipes import LazyRecipe, YamlRecipe, load_recipe, translate_message
-from tests.helpers import ROOT, detector_cfg, run_script, script_environment, write_teacher
+from tests.helpers import ROOT, detector_cfg, run_script, script_environment, write_few_scenes, write_teacher
 from tests.modeling.test_lazy_teachers import write_lazy_teacher
 from tests.test_train_net import SMALL_SCENES, read_metrics
 
@@ -98,9 +98,8 @@ def test_a_distill_node_a_kill_and_two_processes(tmp_path):
     done = saved["iteration"] + 1
     assert saved["trainer"]["_trainer"]["optimizer"]["state"]  # momentum goes on, too
     config = str(tmp_path / "out" / "config.py")
-    result = run_script(
-        "train_net.py", "--num-gpus", "2", "--config-file", config, "--resume", f"train.max_iter={done + 2}"
-    )
+    more = ["--resume", f"train.max_iter={done + 2}"]
+    result = run_script("train_net.py", "--config-file", config, *more, processes=2)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     log = (tmp_path / "out" / "log.txt").read_text()
     assert f"Starting training from iteration {done}" in log and log.count("The student inherits 1 weights") == 1
@@ -126,7 +125,9 @@ def test_a_yaml_run_is_not_taken_for_the_python_one_before_it(tmp_path):
 
 
 def test_a_yaml_student_learns_from_a_new_baseline_which_is_evaluated_as_its_config_says(tmp_path):
-    scenes = {**SMALL_SCENES, "OUTPUT_DIR": str(tmp_path / "out"), "INPUT.MIN_SIZE_TEST": 96}
+    register = ["few_scenes=coco:{}:{}".format(*write_few_scenes(tmp_path, 20))]
+    scenes = {**SMALL_SCENES, "DATASETS.REGISTER": register, "INPUT.MIN_SIZE_TEST": 96}
+    scenes["OUTPUT_DIR"] = str(tmp_path / "out")
     (tmp_path / "student.yaml").write_text(detector_cfg("faster_rcnn", **scenes).dump())
     paths = write_lazy_teacher(tmp_path, "R_50")
     weights = torch.load(paths["DISTILL.TEACHER.WEIGHTS"])["model"]
@@ -147,7 +148,7 @@ def test_a_yaml_student_learns_from_a_new_baseline_which_is_evaluated_as_its_con
     assert read_metrics(tmp_path / "out")["loss_review"] > 0
     result = run_script(
         *("train_net.py", *arguments, "--eval-only", "--eval-teacher"),
-        *("DATASETS.TEST", "['digit_scenes_val']"),
+        *("DATASETS.TEST", "['few_scenes']"),
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "short_edge_length=(64, 64)" in result.stdout and "short_edge_length=(96, 96)" not in result.stdout

@@ -5,8 +5,8 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,8 @@ def train(
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
     try:
         while process.poll() is None:
-            time.sleep(2)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2)
             peak = max(peak, _peak_mib(process.pid))
             steps = [record for record in read_metrics(folder) if "eta_seconds" in record]
             if steps and steps[-1]["iteration"] != shown:

@@ -31,10 +31,9 @@ def steps(tmp_path, cfg, batch, of_two=()):
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     torch.save(batch, tmp_path / "batch.pth")
     worker = ["tests/engine/step_worker.py", str(tmp_path / "cfg.yaml"), str(tmp_path / "batch.pth"), "OUTPUT_DIR"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     losses, weights = [], []
-    for name, launcher, more in (("one", [], ()), ("two", torchrun, of_two)):
-        result = run_script(*launcher, *worker, str(tmp_path / name), *more)
+    for name, processes, more in (("one", 1, ()), ("two", 2, of_two)):
+        result = run_script(*worker, str(tmp_path / name), *more, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
         record = json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[-1])
         losses.append({key: value for key, value in record.items() if "loss" in key or "ratio" in key})

@@ -49,7 +49,7 @@ def write_cfg(folder, **overrides):
 
 
 def test_processes_agree_on_the_scale_of_gradients(tmp_path):
-    result = run_script(WORKER, "overflow", str(tmp_path), timeout=120)
+    result = run_script(WORKER, "overflow", str(tmp_path), timeout=120, processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     passes = re.findall(r"rank \d backward passes (\d+)", result.stdout)
     assert len(passes) == 2 and passes[0] == passes[1] and int(passes[0]) >= 4, result.stdout
@@ -62,7 +62,7 @@ def test_what_one_process_cannot_read_costs_no_step(tmp_path):
     saved = tmp_path / "out" / (tmp_path / "out" / "last_checkpoint").read_text()
     assert saved.name == "model_0000002.pth"  # three steps were done, and the main process did not fail
     assert not list((tmp_path / "out").glob("*.tmp"))
-    resumed = run_script(WORKER, "resume", str(tmp_path))
+    resumed = run_script(WORKER, "resume", str(tmp_path), processes=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "rank 0 starts at 3" in resumed.stdout and "rank 1 starts at 3" in resumed.stdout
 
@@ -75,7 +75,7 @@ def test_processes_that_see_different_checkpoints_are_refused(tmp_path):
     model = Trainer.build_model(cfg)
     torch.save({"model": model.state_dict(), "iteration": 2}, out / "model_0000002.pth")
     (out / "last_checkpoint").write_text("model_0000002.pth")
-    result = run_script(WORKER, "unshared", str(tmp_path), timeout=300)
+    result = run_script(WORKER, "unshared", str(tmp_path), timeout=300, processes=2)
     assert result.returncode == 1 and "starts at" not in result.stdout
     expected = "--resume finds different checkpoints: process 0: .*model_0000002.pth, process 1: none. .* on a disk"
     assert re.search(expected, result.stderr), result.stderr[-3000:]
@@ -83,7 +83,7 @@ def test_processes_that_see_different_checkpoints_are_refused(tmp_path):
 
 def test_weights_that_one_process_cannot_read_end_all_of_them(tmp_path):
     write_cfg(tmp_path)
-    result = run_script(WORKER, "unreadable", str(tmp_path), timeout=300)
+    result = run_script(WORKER, "unreadable", str(tmp_path), timeout=300, processes=2)
     assert result.returncode == 1 and "starts at" not in result.stdout
     assert result.stderr.count("DistillError: Cannot load '' into the model: No such file") == 2
 

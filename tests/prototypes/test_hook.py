@@ -290,9 +290,9 @@ def test_two_processes_hold_the_same_prototypes_as_one(tmp_path, num_images, box
     set_all(cfg, {"SOLVER.BASE_LR": 0.0})  # so that the second search sees the same student in one process and in two
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     worker = ["tests/prototypes/search_worker.py", str(tmp_path / "cfg.yaml")]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, launcher in (("one", []), ("both", torchrun)):
-        result = run_script(*launcher, *worker, str(tmp_path / name), "OUTPUT_DIR", str(tmp_path / f"{name}_out"))
+    for name, processes in (("one", 1), ("both", 2)):
+        out = str(tmp_path / f"{name}_out")
+        result = run_script(*worker, str(tmp_path / name), "OUTPUT_DIR", out, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:] + result.stderr[:3000]
     one, first, second = (torch.load(tmp_path / name) for name in ("one0", "both0", "both1"))
     assert first["searches"] == 2 and first.keys() == second.keys()
