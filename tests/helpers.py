@@ -243,10 +243,10 @@ def script_environment() -> dict[str, str]:
 def run_script(
     *args: str, cwd: Path = ROOT, timeout: int = 1200, processes: int = 1, **env: str
 ) -> subprocess.CompletedProcess:
-    """Runs a script of the project as a user does, or as torchrun does in several processes; another script, or a
-    module, in a Python of its own."""
+    """Runs a script of the project, or one of an absolute path, as a user does, or as torchrun does in several
+    processes; another, or a module, in a Python of its own."""
     env = {**script_environment(), **env}
-    if cwd == ROOT and args[0].endswith(".py") and not Path(args[0]).is_absolute():
+    if args[0].endswith(".py") and (cwd == ROOT or Path(args[0]).is_absolute()):
         return run_in_fork(list(args), cwd, timeout, env, processes)
     return subprocess.run(
         [sys.executable, *args],
