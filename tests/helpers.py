@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import Backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import Image
+from pycocotools import mask as coco_masks
 
 import distill.modeling  # noqa: F401  registers its meta-architectures and backbones
 from distill import add_distill_config
@@ -206,6 +207,23 @@ def write_few_scenes(folder: Path, number: int) -> list[str]:
     content["annotations"] = [x for x in content["annotations"] if x["image_id"] in kept]
     (folder / "few_scenes.json").write_text(json.dumps(content))
     return [str(folder / "few_scenes.json"), str(scenes / "JPEGImages")]
+
+
+def take_detections(folder: Path) -> list[dict]:
+    """What COCOEvaluator wrote into a folder. The file is deleted, so that the next evaluation has to write its own."""
+    path = folder / "coco_instances_results.json"
+    found = json.loads(path.read_text())
+    path.unlink()
+    return found
+
+
+def check_same_detections(found: list[dict], expected: list[dict]) -> None:
+    """Compares classes, boxes, scores and masks of what :func:`take_detections` returned."""
+    assert expected and len(found) == len(expected)
+    for own, other in zip(found, expected):
+        assert (own["image_id"], own["category_id"]) == (other["image_id"], other["category_id"])
+        np.testing.assert_allclose([*own["bbox"], own["score"]], [*other["bbox"], other["score"]], rtol=1e-4, atol=1e-4)
+        assert (coco_masks.decode(own["segmentation"]) != coco_masks.decode(other["segmentation"])).mean() < 0.01
 
 
 def averaging(fpn):

@@ -1,14 +1,10 @@
 """Exporting students of Python configs: as Detectron2's dump, or as the original file with overrides."""
 
-import json
-
-import pytest
 from detectron2.config import LazyConfig
-from pycocotools import mask
 
 from distill.config import write_record
 from distill.recipes import LazyRecipe
-from tests.helpers import run_script, write_few_scenes
+from tests.helpers import check_same_detections, run_script, take_detections, write_few_scenes
 from tests.test_train_net_lazy import teacher_arguments, write_student
 
 PLAIN = """
@@ -45,13 +41,13 @@ def test_the_student_leaves_as_plain_detectron2_with_the_same_detections(tmp_pat
     result = run_script("train_net.py", *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     after_training = take_detections(tmp_path / "found")
-    assert len(after_training) == 120
+    assert len(after_training) == 120  # ten of each image
     weights = str(tmp_path / "out" / "model_final.pth")
     record = str(tmp_path / "out" / "config.py")
     (tmp_path / "teacher.pth").unlink()  # neither evaluating nor exporting needs it
     result = run_script("train_net.py", "--eval-only", "--config-file", record, f"train.init_checkpoint={weights}")
     assert result.returncode == 0, result.stderr[-3000:]
-    check_same(take_detections(tmp_path / "found"), after_training)
+    check_same_detections(take_detections(tmp_path / "found"), after_training)
 
     out = tmp_path / "exported"
     result = run_script("tools/export_student.py", "--config-file", record, "--weights", weights, "--output", str(out))
@@ -60,23 +56,7 @@ def test_the_student_leaves_as_plain_detectron2_with_the_same_detections(tmp_pat
     (tmp_path / "plain.py").write_text(PLAIN)
     result = run_script(str(tmp_path / "plain.py"), str(out / "config.yaml"), *data, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    check_same(take_detections(tmp_path / "found"), after_training)
-
-
-def take_detections(folder):
-    """What COCOEvaluator wrote, which is deleted."""
-    path = folder / "coco_instances_results.json"
-    found = json.loads(path.read_text())
-    path.unlink()
-    return found
-
-
-def check_same(found, expected):
-    assert [(x["image_id"], x["category_id"]) for x in found] == [(x["image_id"], x["category_id"]) for x in expected]
-    for own, other in zip(found, expected):
-        assert [*own["bbox"], own["score"]] == pytest.approx([*other["bbox"], other["score"]], rel=1e-4, abs=1e-4)
-        masks = [mask.decode(x["segmentation"]) for x in (own, other)]
-        assert (masks[0] != masks[1]).mean() < 0.01
+    check_same_detections(take_detections(tmp_path / "found"), after_training)
 
 
 def test_a_config_that_cannot_be_dumped_is_exported_as_its_file_and_overrides(tmp_path):
