@@ -74,6 +74,7 @@ def test_the_papers_configs_are_not_balanced():
 def test_the_published_settings_of_crosskd_and_logit():
     crosskd = load_config(str(ROOT / "configs" / "crosskd" / "retinanet_R50_R101.yaml")).DISTILL.CROSSKD
     assert (crosskd.CLASS_WEIGHT, crosskd.BOX_WEIGHT, crosskd.BETA, crosskd.NUM_TEACHER_CONVS) == (1, 1, 1, 1)
+    assert crosskd.ALIGN_SCALE
     logit = load_config(str(ROOT / "configs" / "logit" / "faster_rcnn_R50_R101.yaml")).DISTILL.LOGIT
     assert (logit.KIND, logit.ALPHA, logit.BETA, logit.TEMPERATURE) == ("DKD", 1, 0.25, 1)
     logit = load_config(str(ROOT / "configs" / "logit" / "retinanet_R50_R101.yaml")).DISTILL.LOGIT

@@ -202,6 +202,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     add_weight_config(_C.DISTILL.CROSSKD)
     # How many convolutions at the end of the teacher's towers the student's features go through
     _C.DISTILL.CROSSKD.NUM_TEACHER_CONVS = 1
+    # Whether each channel of these features first gets the mean and deviation of the teacher's, as in the authors' code
+    _C.DISTILL.CROSSKD.ALIGN_SCALE = False
     # As STRUCTURAL.ADAPTATION
     _C.DISTILL.CROSSKD.ADAPTATION = "auto"
     # Exponent of the quality focal loss

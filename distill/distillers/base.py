@@ -33,6 +33,8 @@ class Distiller(nn.Module):
         undecayed: names of losses whose weight does not fall.
         levels: names of the backbone's levels whose features it compares; None for all that both sides have. Levels of
             the student that neither a distiller nor a head takes are frozen.
+        unactivated_towers: where it asks for a dense student's tower inputs that are not activated, by the number of
+            convolutions that follow, see :meth:`DetectorView.tower_inputs`.
 
     Raises:
         DistillError: one of the arguments is out of range.
@@ -40,6 +42,7 @@ class Distiller(nn.Module):
 
     undecayed: Sequence[str] = ()
     levels: Sequence[str] | None = None
+    unactivated_towers: Sequence[int] = ()
 
     def __init__(self, loss_weight: float = 1.0, warmup_iters: int = 0, decay: float = 0.0) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..losses import cross_box_loss, cross_class_loss
+from ..losses import align_scale, cross_box_loss, cross_class_loss
 from ..modeling.views import DetectorView
 from .adaptation import build_adaptation
 from .base import Distiller
@@ -29,6 +29,7 @@ class CrossKDDistiller(Distiller):
         channels: of the student's and of the teacher's towers.
         adaptation: for each of the two towers, what brings the student's features to the teacher's channels.
         num_teacher_convs: how many of each tower's convolutions they go through, before the one that predicts.
+        align_scale: whether they first get the mean and the standard deviation of the teacher's, channel by channel.
         beta: of the quality focal loss.
         class_weight: factor of the classification.
         box_weight: factor of the boxes.
@@ -44,6 +45,7 @@ class CrossKDDistiller(Distiller):
         channels: tuple[int, int],
         adaptation: nn.ModuleDict,
         num_teacher_convs: int,
+        align_scale: bool,
         beta: float,
         class_weight: float,
         box_weight: float,
@@ -53,6 +55,8 @@ class CrossKDDistiller(Distiller):
         self.channels = channels
         self.adaptation = adaptation
         self.num_teacher_convs = num_teacher_convs
+        self.align_scale = align_scale
+        self.unactivated_towers = (num_teacher_convs,) if align_scale else ()
         self.beta = beta
         self.class_weight = class_weight
         self.box_weight = box_weight
@@ -70,6 +74,7 @@ class CrossKDDistiller(Distiller):
             "channels": tuple(side[TOWERS[0]].channels for side in sides),
             "adaptation": build_adaptation(TOWERS, *sides, node.ADAPTATION, f"{key}.ADAPTATION"),
             "num_teacher_convs": node.NUM_TEACHER_CONVS,
+            "align_scale": node.ALIGN_SCALE,
             "beta": node.BETA,
             "class_weight": node.CLASS_WEIGHT,
             "box_weight": node.BOX_WEIGHT,
@@ -82,15 +87,23 @@ class CrossKDDistiller(Distiller):
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
         self._check(student, teacher)
+        end = {"num_convs": self.num_teacher_convs, "is_activated": not self.align_scale}
         towers = [
             [self.adaptation[name](level) for level in levels]
-            for name, levels in zip(TOWERS, student.tower_inputs(self.num_teacher_convs))
+            for name, levels in zip(TOWERS, student.tower_inputs(**end))
         ]
-        cross_logits, cross_deltas = teacher.finish_towers(*towers, self.num_teacher_convs)
-        cross = torch.cat([permute_to_N_HWA_K(x, teacher.num_classes) for x in cross_logits], 1)
-        boxes = [teacher.decode(deltas) for deltas in (cross_deltas, teacher.box_deltas)]
+        if self.align_scale:
+            own = teacher.start_towers(self.num_teacher_convs)
+            towers = [[align_scale(*pair) for pair in zip(*levels)] for levels in zip(towers, own)]
+            logits, deltas = teacher.finish_towers(*own, **end)
+        else:
+            logits, deltas = teacher.class_logits, teacher.box_deltas
+        cross, cross_deltas = teacher.finish_towers(*towers, **end)
+        cross, logits = (
+            torch.cat([permute_to_N_HWA_K(x, teacher.num_classes) for x in levels], 1) for levels in (cross, logits)
+        )
+        boxes = [teacher.decode(x) for x in (cross_deltas, deltas)]
         positives = mean_over_processes(student.num_positive_anchors, cross.device)
-        logits = teacher.anchor_logits
         return {
             "loss_cross_class": self.class_weight * cross_class_loss(cross, logits, self.beta) / positives,
             "loss_cross_box": self.box_weight * cross_box_loss(*boxes, logits) / positives,

@@ -2,7 +2,7 @@
 
 from .aligned import aligned_loss
 from .channel_wise import channel_wise_loss
-from .cross_head import cross_box_loss, cross_class_loss
+from .cross_head import align_scale, cross_box_loss, cross_class_loss
 from .focal_global import attention_maps, focal_losses, focal_weights
 from .global_knowledge import (
     box_levels,
@@ -22,6 +22,7 @@ from .review import hierarchical_context_loss
 from .structural import structural_loss, structural_similarity, structural_similarity_terms
 
 __all__ = [
+    "align_scale",
     "aligned_loss",
     "attention_maps",
     "box_levels",

@@ -1,10 +1,34 @@
 """Cross-head distillation (CrossKD): Wang, Chen, Zheng, Li, Cheng, Hou, CVPR 2024, arXiv 2306.11369."""
 
+import torch
 from fvcore.nn import giou_loss
 from torch import Tensor
 
 from .logit import quality_focal_loss
 from .precision import in_float32
+
+
+@in_float32
+def align_scale(student: Tensor, teacher: Tensor) -> Tensor:
+    """Gives each channel of the student's features the mean and the standard deviation of the teacher's.
+
+    As the published code of arXiv 2306.11369 has it; the paper does not mention it.
+
+    Args:
+        student: ``Tensor[N, C, H, W]``.
+        teacher: ``Tensor[N, C, H', W']``.
+
+    Returns:
+        ``Tensor[N, C, H, W]``. Means and (sample) standard deviations are over images and cells.
+    """
+    (own_std, own_mean), (std, mean) = (_statistics(x) for x in (student, teacher))
+    return (student - own_mean) / (own_std + 1e-6) * std + mean
+
+
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    number = features.numel() // features.shape[1]
+    # a single cell has no sample deviation
+    return torch.std_mean(features, (0, 2, 3), correction=min(1, number - 1), keepdim=True)
 
 
 @in_float32

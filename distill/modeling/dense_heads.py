@@ -58,8 +58,24 @@ def box_deltas(head: nn.Module, features: list[Tensor]) -> list[Tensor]:
     return head(features)[1]
 
 
+def start_towers(head: nn.Module, features: list[Tensor], num_convs: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Sends features through the first layers of both towers, up to an activation.
+
+    Args:
+        head: with towers.
+        features: by level, ``Tensor[N, C, H, W]``.
+        num_convs: how many convolutions of a tower are left, before the predicting one.
+
+    Returns:
+        For the tower of classes and for that of boxes, by level ``Tensor[N, C, H, W]``, not activated; the features
+        themselves where all convolutions are left.
+    """
+    starts = [tower[: _cut(tower, num_convs, is_activated=False)] for tower in (head.cls_subnet, head.bbox_subnet)]
+    return tuple([start(level) for level in features] for start in starts)
+
+
 def finish_towers(
-    head: nn.Module, classes: Sequence[Tensor], boxes: Sequence[Tensor], num_convs: int
+    head: nn.Module, classes: Sequence[Tensor], boxes: Sequence[Tensor], num_convs: int, is_activated: bool = True
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Sends features through the last layers of both towers.
 
@@ -68,6 +84,7 @@ def finish_towers(
         classes: for the tower of classes, by level ``Tensor[N, C, H, W]``.
         boxes: for the tower of boxes.
         num_convs: how many convolutions of a tower they go through, before the predicting one.
+        is_activated: whether they are what these convolutions take, rather than what :func:`start_towers` returns.
 
     Returns:
         Logits, by level ``Tensor[N, A K, H, W]``, and deltas, ``Tensor[N, 4 A, H, W]``.
@@ -75,10 +92,30 @@ def finish_towers(
     outputs = []
     ends = ((head.cls_subnet, head.cls_score, classes), (head.bbox_subnet, head.bbox_pred, boxes))
     for tower, predict, features in ends:
-        starts = [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)] + [len(tower)]
-        end = tower[starts[len(starts) - 1 - num_convs] :]
+        end = tower[_cut(tower, num_convs, is_activated) :]
         outputs.append([predict(end(level)) for level in features])
     return tuple(outputs)
+
+
+def tower_activations(head: nn.Module, num_convs: int) -> list[nn.Module]:
+    """The activation before the last convolutions, of the tower of classes and of that of boxes.
+
+    Args:
+        head: with towers.
+        num_convs: how many convolutions of a tower follow, before the predicting one.
+
+    Returns:
+        Two modules; none where no convolution precedes, or there are fewer than ``num_convs``.
+    """
+    towers = (head.cls_subnet, head.bbox_subnet)
+    return [tower[cut] for tower in towers if (cut := _cut(tower, num_convs, False)) < _cut(tower, num_convs, True)]
+
+
+def _cut(tower: nn.Sequential, num_convs: int, is_activated: bool) -> int:
+    """Index of the first of the last so many convolutions, or of the activation before it."""
+    starts = [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)] + [len(tower)]
+    start = starts[max(0, len(starts) - 1 - num_convs)]
+    return start if is_activated else max(0, start - 1)
 
 
 def decode_boxes(detector: nn.Module, deltas: Sequence[Tensor]) -> Tensor:

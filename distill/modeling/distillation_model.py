@@ -82,7 +82,8 @@ class DistillationModel(Wrapper):
         if hasattr(student, "label_anchors"):
             self._taps["label_anchors"] = MethodTap(student, "label_anchors")
         if has_towers(parts["head"]):
-            self._taps["towers"] = TowerTap(parts["head"])
+            unactivated = {left for distiller in distillers.values() for left in distiller.unactivated_towers}
+            self._taps["towers"] = TowerTap(parts["head"], unactivated)
         rename_state(self, [("distillers.", "distillers."), ("student.", "")])
         self.to(student.device)  # distillers and teacher too
 

@@ -1,12 +1,13 @@
 """What modules are given and return while a detector trains, recorded for the distillers."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..errors import DistillError
-from .dense_heads import tower_convs
+from .dense_heads import tower_activations, tower_convs
 
 
 class _Tap:
@@ -50,26 +51,33 @@ class FeatureTap(_Tap):
 
 
 class TowerTap(_Tap):
-    """Records what each convolution of a dense detector's two towers was given while it trained, by level.
+    """Records what each convolution of a dense detector's two towers was given while it trained: for each tower a dict
+    of lists by level, whose keys are how many convolutions follow, before the predicting one, and whether the features
+    are activated.
 
     Args:
         head: with towers, see :func:`distill.modeling.dense_heads.has_towers`. It is not changed.
+        unactivated: before how many convolutions it also records what the activation was given, which nobody else keeps
+            in memory.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, unactivated: Collection[int] = ()) -> None:
         super().__init__()
         head.register_forward_pre_hook(self._begin)
         for tower, convs in enumerate(tower_convs(head)):
-            for index, conv in enumerate(convs):
-                conv.register_forward_hook(partial(self._hook, tower, index))
+            for left, conv in enumerate(reversed(convs)):
+                conv.register_forward_hook(partial(self._hook, tower, (left, True)))
+        for left in unactivated:
+            for tower, activation in enumerate(tower_activations(head, left)):
+                activation.register_forward_hook(partial(self._hook, tower, (left, False)))
 
     def _begin(self, head: nn.Module, args: tuple) -> None:
         if head.training:
-            self._record = args[0], tuple([[] for _ in convs] for convs in tower_convs(head))
+            self._record = args[0], ({}, {})
 
-    def _hook(self, tower: int, index: int, module: nn.Module, args: tuple, output: Any) -> None:
+    def _hook(self, tower: int, key: tuple[int, bool], module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and self._record is not None:  # a tower may run by itself
-            self._record[1][tower][index].append(args[0])
+            self._record[1][tower].setdefault(key, []).append(args[0])
 
 
 class MethodTap(_Tap):

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from .dense_heads import box_deltas, class_logits, decode_boxes, finish_towers, has_towers, tower_convs
+from .dense_heads import box_deltas, class_logits, decode_boxes, finish_towers, has_towers, start_towers, tower_convs
 from .precision import autocast, autocast_dtype
 from .scaling import Scaling
 
@@ -193,23 +193,39 @@ class DetectorView:
         """
         return decode_boxes(self._detector, deltas) * self._scaling.factor
 
-    def tower_inputs(self, num_convs: int) -> tuple[list[Tensor], list[Tensor]]:
+    def tower_inputs(self, num_convs: int, is_activated: bool = True) -> tuple[list[Tensor], list[Tensor]]:
         """What the last convolutions of a dense student's two towers were given in this step, see :meth:`check_towers`.
 
         Args:
             num_convs: how many of each tower's convolutions are the last; the one that predicts does not count.
+            is_activated: False for what the activation before them was given, where there is one; the distiller's
+                ``unactivated_towers`` has to name ``num_convs``.
 
         Returns:
             By level ``Tensor[N, C, H, W]``, of the tower of classes and of that of boxes, with all of the student's own
             cells. In float32 where the caller computes in it, whatever the student does.
         """
-        towers = tuple(tower[-1 - num_convs] for tower in self._outputs["towers"])
+        activated, wanted = (num_convs, True), (num_convs, is_activated)
+        towers = tuple(tower.get(wanted, tower[activated]) for tower in self._outputs["towers"])
         if autocast_dtype(self._detector.device) == torch.float32:
             towers = tuple([level.float() for level in tower] for tower in towers)
         return towers
 
+    def start_towers(self, num_convs: int) -> tuple[list[Tensor], list[Tensor]]:
+        """What the beginning of a dense detector's head makes of its features, see :meth:`check_towers`.
+
+        Args:
+            num_convs: how many of each tower's convolutions are left, before the one that predicts.
+
+        Returns:
+            By level ``Tensor[N, C, H, W]``, of the tower of classes and of that of boxes, with all of the detector's
+            own cells, not activated; its features where all convolutions are left.
+        """
+        with self._running():
+            return start_towers(self._detector.head, self._head_features, num_convs)
+
     def finish_towers(
-        self, classes: Sequence[Tensor], boxes: Sequence[Tensor], num_convs: int
+        self, classes: Sequence[Tensor], boxes: Sequence[Tensor], num_convs: int, is_activated: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sends features through the end of a dense detector's head, see :meth:`check_towers`; they get a gradient.
 
@@ -217,12 +233,13 @@ class DetectorView:
             classes: for the tower of classes, by level ``Tensor[N, C, H, W]``.
             boxes: for the tower of boxes.
             num_convs: how many of each tower's convolutions they go through, before the one that predicts.
+            is_activated: False if the activation before these convolutions is to come first, where there is one.
 
         Returns:
             As :attr:`class_logits` and :attr:`box_deltas`, in the cells that the view shows.
         """
         with autocast(self._detector.device, self._dtype):
-            logits, deltas = finish_towers(self._detector.head, classes, boxes, num_convs)
+            logits, deltas = finish_towers(self._detector.head, classes, boxes, num_convs, is_activated)
         return self._cropped(logits), self._cropped(deltas)
 
     @property

@@ -25,11 +25,11 @@ def flat(levels, width):
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
-@pytest.mark.parametrize("channels", [16, 24])
-def test_beside_a_student_in_mixed_precision(tmp_path, channels, precision):
+@pytest.mark.parametrize("channels, is_aligned", [(16, False), (24, False), (24, True)])
+def test_beside_a_student_in_mixed_precision(tmp_path, channels, precision, is_aligned):
     given = write_teacher(tmp_path, detector_cfg("retinanet", channels=channels, **CONVS))
     overrides = {"DISTILL.DISTILLERS": ["CrossKDDistiller"], "DISTILL.PRECISION": precision}
-    overrides["SOLVER.AMP.ENABLED"] = True
+    overrides |= {"SOLVER.AMP.ENABLED": True, "DISTILL.CROSSKD.ALIGN_SCALE": is_aligned}
     model = build_model(distillation_cfg(detector_cfg("retinanet", **CONVS), given, **overrides)).train()
     batch = random_batch((64, 96), (61, 75))
     losses = {}
@@ -41,11 +41,22 @@ def test_beside_a_student_in_mixed_precision(tmp_path, channels, precision):
         torch.testing.assert_close(losses[True][key], losses[False][key], rtol=0.1, atol=0.05)
 
 
+def with_the_scale_of(own, given):
+    """Channel by channel, written by hand."""
+    aligned = own.clone()
+    for channel in range(own.shape[1]):
+        x, y = own[:, channel], given[:, channel]
+        aligned[:, channel] = (x - x.mean()) / (x.std() + 1e-6) * y.std() + y.mean()
+    return aligned
+
+
+@pytest.mark.parametrize("is_aligned", [False, True])
 @pytest.mark.parametrize("num_convs", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
-def test_is_the_teachers_head_on_the_students_features(tmp_path, kind, num_convs):
+def test_is_the_teachers_head_on_the_students_features(tmp_path, kind, num_convs, is_aligned):
     given = write_teacher(tmp_path, detector_cfg(kind, **CONVS))
     overrides = {"DISTILL.CROSSKD.NUM_TEACHER_CONVS": num_convs, "DISTILL.CROSSKD.BETA": 1.5}
+    overrides["DISTILL.CROSSKD.ALIGN_SCALE"] = is_aligned
     overrides |= {"DISTILL.DISTILLERS": ["CrossKDDistiller"], "DISTILL.CROSSKD.BOX_WEIGHT": 3.0}
     model = build_model(distillation_cfg(detector_cfg(kind, **CONVS), given, **overrides)).train()
     batch = random_batch((64, 96), (61, 75))
@@ -61,7 +72,12 @@ def test_is_the_teachers_head_on_the_students_features(tmp_path, kind, num_convs
         ("bbox_subnet", "bbox_subnet", teacher.head.bbox_pred, num_convs),
     ):
         layers = 2 * (2 - their_end)  # each convolution has a ReLU behind it
+        if is_aligned and layers:  # before that
+            layers -= 1
         inside = [getattr(student.head, own)[:layers](x) for x in features[0]]
+        if is_aligned:
+            target = [getattr(teacher.head, other)[:layers](x) for x in features[1]]
+            inside = [with_the_scale_of(*pair) for pair in zip(inside, target)]
         cross = [predict(getattr(teacher.head, other)[layers:](x)) for x in inside]
         predictions.append([cross, [predict(getattr(teacher.head, other)(x)) for x in features[1]]])
     logits = [flat(x, 3) for x in predictions[0]]
@@ -76,6 +92,20 @@ def test_is_the_teachers_head_on_the_students_features(tmp_path, kind, num_convs
     torch.testing.assert_close(losses["loss_cross_box"], expected[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["GN", "BN"])
+def test_the_scale_of_normalised_towers_is_aligned(tmp_path, norm):
+    kind, more = ("fcos", {"MODEL.FCOS.NORM": "GN"}) if norm == "GN" else ("retinanet", {"MODEL.RETINANET.NORM": "BN"})
+    cfg = detector_cfg(kind, channels=32, **{**CONVS, **more})
+    given = write_teacher(tmp_path, cfg)
+    overrides = {"DISTILL.DISTILLERS": ["CrossKDDistiller"], "DISTILL.CROSSKD.ALIGN_SCALE": True}
+    model = build_model(distillation_cfg(cfg, given, **overrides)).train()
+    build_hooks(model)
+    losses = step(model, random_batch((160, 192), (160, 192)))
+    assert losses["loss_cross_class"] > 0 and losses["loss_cross_box"] > 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.student.head.parameters())
+
+
 def test_a_teacher_with_other_classes_teaches(tmp_path):
     given = write_teacher(tmp_path, detector_cfg("retinanet", **{"MODEL.RETINANET.NUM_CLASSES": 7}))
     overrides = {"DISTILL.DISTILLERS": ["CrossKDDistiller"]}
@@ -84,11 +114,13 @@ def test_a_teacher_with_other_classes_teaches(tmp_path):
     assert step(model, random_batch((64, 96)))["loss_cross_class"] > 0
 
 
-def test_a_student_at_half_the_resolution_learns_from_a_fused_teacher(tmp_path):
+@pytest.mark.parametrize("is_aligned", [False, True])
+def test_a_student_at_half_the_resolution_learns_from_a_fused_teacher(tmp_path, is_aligned):
     given = write_teacher(tmp_path, aligned_cfg("retinanet", channels=24))
     overrides = {
         "DISTILL.DISTILLERS": ["CrossKDDistiller"],
         "DISTILL.STUDENT.INPUT_SCALE": 0.5,
+        "DISTILL.CROSSKD.ALIGN_SCALE": is_aligned,
         **SMALL_TEST,
     }
     model = build_model(distillation_cfg(aligned_cfg("retinanet", "half"), given, **overrides)).train()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.losses import cross_box_loss, cross_class_loss
+from distill.losses import align_scale, cross_box_loss, cross_class_loss
 
 
 def sigmoid(x):
@@ -16,6 +16,25 @@ def test_the_class_loss_equals_the_literal_formula():
     p, t = sigmoid(cross.numpy()), sigmoid(teacher.numpy())
     expected = (np.abs(t - p) ** 1.5 * -(t * np.log(p) + (1 - t) * np.log(1 - p))).sum()
     assert cross_class_loss(cross, teacher, 1.5).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_scale_is_aligned_by_the_literal_formula():
+    student = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 3, 6, 5, dtype=torch.float64) * 3 + 1
+    expected = np.empty(student.shape)
+    for channel in range(3):
+        own, given = (x.detach().numpy()[:, channel] for x in (student, teacher))
+        standardised = (own - own.mean()) / (own.std(ddof=1) + 1e-6)
+        expected[:, channel] = standardised * given.std(ddof=1) + given.mean()
+    aligned = align_scale(student, teacher)
+    np.testing.assert_allclose(aligned.detach().numpy(), expected, rtol=1e-9)
+    aligned.square().sum().backward()
+    assert student.grad.abs().sum() > 0
+
+
+def test_of_a_single_cell_the_teachers_is_taken():
+    student, teacher = torch.randn(2, 1, 3, 1, 1)
+    torch.testing.assert_close(align_scale(student, teacher), teacher)
 
 
 def giou(a, b):
