@@ -18,12 +18,12 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 HEAD = """# Results
 
 Written by `python projects/Evidence/run.py --table` from the lines of `projects/Evidence/results/` and the texts of
-`projects/Evidence/suites/`. A cell is the mean over the seeds ± its standard error (sample standard
-deviation / √n); without ± it is a single run. The gain is the difference from the baseline's mean; errors add in
-quadrature. All students of a table have the same teacher unless it says otherwise, so errors do not include what
-another teacher would change. The cost is that of a training step relative to the baseline's, the median over steps that
-were interleaved in one process, without occasional work (evaluation, measuring gradients, the search for prototypes).
-Empty cells were not run, or not with today's config.
+`projects/Evidence/suites/`. A cell is the mean over the seeds ± its standard error (sample standard deviation / √n);
+without ± it is a single run. The gain is the difference from the baseline's mean; errors add in quadrature. All
+students of a table have the same teacher unless it says otherwise, so errors do not include what another teacher would
+change; of a teacher that was trained again, the row has all training runs. The cost is that of a training step relative
+to the baseline's, the median over steps that were interleaved in one process, without occasional work (evaluation,
+measuring gradients, the search for prototypes). Empty cells were not run, or not with today's config.
 """
 
 
@@ -51,7 +51,8 @@ def read_lines(suite: str, folder: Path = LINES) -> list[dict]:
 
 
 def finished(suite: Suite, row: Row, lines: list[dict]) -> list[dict]:
-    """The runs of a row that count: those of its config as it is now, and of the seeds that its suite wants.
+    """The runs of a row that count: those of its config as it is now, all of a teacher, of a student those of the seeds
+    that its suite wants.
 
     Args:
         suite: the suite.
@@ -59,10 +60,10 @@ def finished(suite: Suite, row: Row, lines: list[dict]) -> list[dict]:
         lines: of the suite.
 
     Returns:
-        Lines by seed, the latest of each.
+        Lines by seed, of a student the latest of each.
     """
-    ended = _ended(suite, row, lines)
-    return [line for line in ended.values() if line["status"] == "finished" and _counts(suite, line["seed"])]
+    ended = _own(suite, row, lines) if row in suite.teachers else _ended(suite, row, lines).values()
+    return [line for line in ended if line["status"] == "finished" and _counts(suite, line["seed"])]
 
 
 def is_finished(suite: Suite, row: Row, seed: int | None, lines: list[dict]) -> bool:
@@ -70,9 +71,13 @@ def is_finished(suite: Suite, row: Row, seed: int | None, lines: list[dict]) -> 
     return _ended(suite, row, lines).get(seed, {}).get("status") == "finished"
 
 
+def _own(suite: Suite, row: Row, lines: list[dict]) -> list[dict]:
+    return [x for x in lines if x["row"] == row.name and x.get("config_hash") == config_hash(suite, row)]
+
+
 def _ended(suite: Suite, row: Row, lines: list[dict]) -> dict[int | None, dict]:
     """The line of each seed: the latest that finished, or else the latest that failed."""
-    own = [x for x in lines if x["row"] == row.name and x.get("config_hash") == config_hash(suite, row)]
+    own = _own(suite, row, lines)
     own.sort(key=lambda line: line["status"] == "finished")  # stable
     latest = {line["seed"]: line for line in own}
     return {seed: latest[seed] for seed in sorted(latest, key=lambda seed: -1 if seed is None else seed)}
