@@ -41,10 +41,10 @@ def run_in_fork(
         processes: how many at a time, each with the variables by which torchrun names its processes.
 
     Returns:
-        With the highest exit status, and the output and errors of one process after the other.
+        With the exit status furthest from 0, and the output and errors of one process after the other.
 
     Raises:
-        subprocess.TimeoutExpired: it took longer, and was killed.
+        subprocess.TimeoutExpired: it took longer, and was killed. A process does not end with one that failed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -56,11 +56,11 @@ def run_in_fork(
         os.environ.clear()
         os.environ.update(own)
     with tempfile.TemporaryDirectory() as folder:
-        environments = [env] if processes == 1 else [{**env, **rank} for rank in _ranks(processes)]
+        environments = [env] if processes == 1 else [{**env, **variables} for variables in _ranks(processes)]
         outputs = [[f"{folder}/{name}{rank}" for rank in range(processes)] for name in ("stdout", "stderr")]
         started = [
-            context.Process(target=_run, args=(args, str(cwd), own, *paths))
-            for own, *paths in zip(environments, *outputs)
+            context.Process(target=_run, args=(args, str(cwd), environment, *paths))
+            for environment, *paths in zip(environments, *outputs)
         ]
         for process in started:
             process.start()
@@ -71,10 +71,12 @@ def run_in_fork(
         for process in late:
             process.kill()
             process.join()
+        stdout, stderr = ("".join(map(_read, paths)) for paths in outputs)
         if late:
-            raise subprocess.TimeoutExpired(args, timeout)
+            print(stdout, stderr)
+            raise subprocess.TimeoutExpired(args, timeout, stdout, stderr)
         status = max((process.exitcode for process in started), key=abs)
-        return subprocess.CompletedProcess(args, status, *("".join(map(_read, paths)) for paths in outputs))
+        return subprocess.CompletedProcess(args, status, stdout, stderr)
 
 
 def _ranks(processes: int) -> list[dict[str, str]]:
@@ -87,7 +89,7 @@ def _ranks(processes: int) -> list[dict[str, str]]:
 
 
 def _read(path: str) -> str:
-    return Path(path).read_text()
+    return Path(path).read_text() if Path(path).exists() else ""
 
 
 def _run(args: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: str) -> None:

@@ -304,6 +304,6 @@ def test_a_multi_scale_teacher_and_its_half_size_student_train_on_two_processes(
     result = run_script("train_net.py", "--config-file", str(tmp_path / "cfg.yaml"), processes=2)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert "The student inherits" in log
+    assert "World size: 2" in log and "The student inherits" in log
     metrics = read_metrics(tmp_path / "out")
     assert metrics["loss_aligned"] > 0 and metrics["weight/loss_aligned"] == pytest.approx(0.6 * 2 / 500)

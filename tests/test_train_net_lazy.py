@@ -103,6 +103,7 @@ def test_a_distill_node_a_kill_and_two_processes(tmp_path):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     log = (tmp_path / "out" / "log.txt").read_text()
     assert f"Starting training from iteration {done}" in log and log.count("The student inherits 1 weights") == 1
+    assert log.count("World size: 2") == 2
     assert log.count("Prototypes: ") == 1  # the checkpoint has them
     metrics = read_metrics(tmp_path / "out")
     assert metrics["loss_structural"] > 0 and metrics["loss_local"] > 0 and "loss_global" in metrics

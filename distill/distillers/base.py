@@ -33,8 +33,8 @@ class Distiller(nn.Module):
         undecayed: names of losses whose weight does not fall.
         levels: names of the backbone's levels whose features it compares; None for all that both sides have. Levels of
             the student that neither a distiller nor a head takes are frozen.
-        unactivated_towers: where it asks for a dense student's tower inputs that are not activated, by the number of
-            convolutions that follow, see :meth:`DetectorView.tower_inputs`.
+        unactivated_towers: numbers of convolutions: before the last so many of a dense student's towers it asks for
+            what the activation was given, see :meth:`DetectorView.tower_inputs`.
 
     Raises:
         DistillError: one of the arguments is out of range.

@@ -10,7 +10,8 @@ from .precision import in_float32
 
 @in_float32
 def align_scale(student: Tensor, teacher: Tensor) -> Tensor:
-    """Gives each channel of the student's features the mean and the standard deviation of the teacher's.
+    """Gives each channel of the student's features the mean and the standard deviation of the teacher's, both taken in
+    the cells that both sides have.
 
     As the published code of arXiv 2306.11369 has it; the paper does not mention it.
 
@@ -21,7 +22,8 @@ def align_scale(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         ``Tensor[N, C, H, W]``. Means and (sample) standard deviations are over images and cells.
     """
-    (own_std, own_mean), (std, mean) = (_statistics(x) for x in (student, teacher))
+    height, width = (min(sizes) for sizes in zip(student.shape[2:], teacher.shape[2:]))
+    (own_std, own_mean), (std, mean) = (_statistics(x[:, :, :height, :width]) for x in (student, teacher))
     return (student - own_mean) / (own_std + 1e-6) * std + mean
 
 

@@ -105,7 +105,7 @@ def tower_activations(head: nn.Module, num_convs: int) -> list[nn.Module]:
         num_convs: how many convolutions of a tower follow, before the predicting one.
 
     Returns:
-        Two modules; none where no convolution precedes, or there are fewer than ``num_convs``.
+        Two modules; none where no convolution precedes, or a tower has fewer than ``num_convs``.
     """
     towers = (head.cls_subnet, head.bbox_subnet)
     return [tower[cut] for tower in towers if (cut := _cut(tower, num_convs, False)) < _cut(tower, num_convs, True)]

@@ -29,7 +29,7 @@ class DetectorView:
         compute_features: returns the padded, normalised images and the features by level.
         frozen: whether the detector is a teacher, all of whose results come without gradient.
         outputs: what modules of the detector returned in this step, by their names ("roi_heads", "box_predictor",
-            "head", "label_anchors"), and what its convolutions were given ("towers").
+            "head", "label_anchors"), and what its head's layers were given ("towers", see :class:`TowerTap`).
         scaling: at which size the detector sees the images. Whatever the view shows is in pixels of the whole images.
         levels: the names that the view has for the detector's levels, see :meth:`Scaling.levels`. By default their own.
         dtype: what the detector computes in; None leaves that to autocast outside.
@@ -198,15 +198,26 @@ class DetectorView:
 
         Args:
             num_convs: how many of each tower's convolutions are the last; the one that predicts does not count.
-            is_activated: False for what the activation before them was given, where there is one; the distiller's
-                ``unactivated_towers`` has to name ``num_convs``.
+            is_activated: False for what the activation before them was given, where there is one.
 
         Returns:
             By level ``Tensor[N, C, H, W]``, of the tower of classes and of that of boxes, with all of the student's own
             cells. In float32 where the caller computes in it, whatever the student does.
+
+        Raises:
+            DistillError: the features are to be those before the activation, and the distiller's ``unactivated_towers``
+                does not name ``num_convs``.
         """
-        activated, wanted = (num_convs, True), (num_convs, is_activated)
-        towers = tuple(tower.get(wanted, tower[activated]) for tower in self._outputs["towers"])
+        key = num_convs, is_activated
+        has_activation = (num_convs + 1, True) in self._outputs["towers"][0]
+        if not has_activation:
+            key = num_convs, True
+        elif key not in self._outputs["towers"][0]:
+            raise DistillError(
+                f"The towers' features before the activation that {num_convs} convolutions follow were not recorded: "
+                f"the distiller's unactivated_towers has to name {num_convs}."
+            )
+        towers = tuple(tower[key] for tower in self._outputs["towers"])
         if autocast_dtype(self._detector.device) == torch.float32:
             towers = tuple([level.float() for level in tower] for tower in towers)
         return towers

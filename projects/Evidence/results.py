@@ -21,9 +21,9 @@ Written by `python projects/Evidence/run.py --table` from the lines of `projects
 `projects/Evidence/suites/`. A cell is the mean over the seeds ± its standard error (sample standard deviation / √n);
 without ± it is a single run. The gain is the difference from the baseline's mean; errors add in quadrature. All
 students of a table have the same teacher unless it says otherwise, so errors do not include what another teacher would
-change; of a teacher that was trained again, the row has all training runs. The cost is that of a training step relative
-to the baseline's, the median over steps that were interleaved in one process, without occasional work (evaluation,
-measuring gradients, the search for prototypes). Empty cells were not run, or not with today's config.
+change; of a teacher that was trained again, the row has all training runs, which have one seed. The cost is that of a
+training step relative to the baseline's, the median over steps that were interleaved in one process, without occasional
+work (evaluation, measuring gradients, the search for prototypes). Empty cells were not run, or not with today's config.
 """
 
 
@@ -60,7 +60,7 @@ def finished(suite: Suite, row: Row, lines: list[dict]) -> list[dict]:
         lines: of the suite.
 
     Returns:
-        Lines by seed, of a student the latest of each.
+        Lines: of a student the latest of each seed, of a teacher all.
     """
     ended = _own(suite, row, lines) if row in suite.teachers else _ended(suite, row, lines).values()
     return [line for line in ended if line["status"] == "finished" and _counts(suite, line["seed"])]

@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 
 from distill.distillers.instances import mean_over_processes
 from distill.errors import DistillError
-from distill.losses import cross_box_loss, cross_class_loss
+from distill.losses import align_scale, cross_box_loss, cross_class_loss
 from tests.distillers.test_methods import build_hooks, build_pair, step
 from tests.helpers import aligned_cfg, detector_cfg, distillation_cfg, random_batch, write_teacher
 from tests.modeling.test_aligned_student import SMALL_TEST
@@ -93,17 +93,32 @@ def test_is_the_teachers_head_on_the_students_features(tmp_path, kind, num_convs
 
 
 @pytest.mark.parametrize("norm", ["GN", "BN"])
-def test_the_scale_of_normalised_towers_is_aligned(tmp_path, norm):
+def test_the_scale_of_normalised_towers_is_aligned_behind_the_norm(tmp_path, norm, monkeypatch):
     kind, more = ("fcos", {"MODEL.FCOS.NORM": "GN"}) if norm == "GN" else ("retinanet", {"MODEL.RETINANET.NORM": "BN"})
     cfg = detector_cfg(kind, channels=32, **{**CONVS, **more})
     given = write_teacher(tmp_path, cfg)
     overrides = {"DISTILL.DISTILLERS": ["CrossKDDistiller"], "DISTILL.CROSSKD.ALIGN_SCALE": True}
     model = build_model(distillation_cfg(cfg, given, **overrides)).train()
     build_hooks(model)
-    losses = step(model, random_batch((160, 192), (160, 192)))
-    assert losses["loss_cross_class"] > 0 and losses["loss_cross_box"] > 0
+    seen = []
+    monkeypatch.setattr("distill.distillers.cross_head.align_scale", lambda *x: seen.append(x) or align_scale(*x))
+    batch = random_batch((160, 192), (160, 192))
+    losses = step(model, batch)
+    teacher = model.teacher.model
+    features = teacher.backbone(teacher.preprocess_image(batch).tensor)
+    for tower, pairs in zip((teacher.head.cls_subnet, teacher.head.bbox_subnet), (seen[:5], seen[5:])):
+        assert isinstance(tower[2], torch.nn.ReLU) and isinstance(tower[3], torch.nn.Conv2d)
+        for (_, target), name in zip(pairs, teacher.head_in_features, strict=True):
+            torch.testing.assert_close(target, tower[:2](features[name]), rtol=1e-4, atol=1e-4)
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.student.head.parameters())
+
+
+def test_features_before_an_activation_have_to_be_asked_for(tmp_path):
+    model = build_pair(tmp_path, "retinanet", **CONVS)
+    model.distillers["CrossKDDistiller"].align_scale = True  # after the model was built
+    with pytest.raises(DistillError, match="unactivated_towers has to name 1"):
+        step(model, random_batch((64, 96)))
 
 
 def test_a_teacher_with_other_classes_teaches(tmp_path):

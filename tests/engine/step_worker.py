@@ -25,6 +25,7 @@ def main(args: Namespace) -> None:
     if comm.get_world_size() == 1:
         torch.save(trainer.model.state_dict(), f"{sys.argv[2]}.initial")
     trainer.train()
+    print(f"of {comm.get_world_size()} processes", flush=True)
 
 
 if __name__ == "__main__":

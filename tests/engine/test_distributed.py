@@ -35,6 +35,7 @@ def steps(tmp_path, cfg, batch, of_two=()):
     for name, processes, more in (("one", 1, ()), ("two", 2, of_two)):
         result = run_script(*worker, str(tmp_path / name), *more, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
+        assert f"of {processes} processes" in result.stdout
         record = json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[-1])
         losses.append({key: value for key, value in record.items() if "loss" in key or "ratio" in key})
         weights.append(torch.load(tmp_path / name / "model_final.pth")["model"])

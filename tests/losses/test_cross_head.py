@@ -19,12 +19,13 @@ def test_the_class_loss_equals_the_literal_formula():
 
 
 def test_the_scale_is_aligned_by_the_literal_formula():
-    student = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(2, 3, 6, 5, dtype=torch.float64) * 3 + 1
+    student = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 3, 7, 5, dtype=torch.float64) * 3 + 1
     expected = np.empty(student.shape)
     for channel in range(3):
         own, given = (x.detach().numpy()[:, channel] for x in (student, teacher))
-        standardised = (own - own.mean()) / (own.std(ddof=1) + 1e-6)
+        shared, given = own[:, :, :5], given[:, :4]  # the cells that both have
+        standardised = (own - shared.mean()) / (shared.std(ddof=1) + 1e-6)
         expected[:, channel] = standardised * given.std(ddof=1) + given.mean()
     aligned = align_scale(student, teacher)
     np.testing.assert_allclose(aligned.detach().numpy(), expected, rtol=1e-9)
