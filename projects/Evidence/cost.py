@@ -40,17 +40,32 @@ class _Steps:
         trainer.iter += 1
 
 
+def with_own_names(cfg: CfgNode, owner: str) -> None:
+    """Renames the datasets that a config registers, for another may give one of their names to other data.
+
+    Args:
+        cfg: is changed.
+        owner: what the names begin with from now on.
+    """
+    names = {entry.partition("=")[0] for entry in cfg.DATASETS.REGISTER}
+    cfg.DATASETS.REGISTER = [f"{owner}/{entry}" for entry in cfg.DATASETS.REGISTER]
+    for key in ("TRAIN", "TEST"):
+        cfg.DATASETS[key] = [f"{owner}/{name}" if name in names else name for name in cfg.DATASETS[key]]
+
+
 def measure(configs: dict[str, CfgNode], baselines: dict[str, str], rounds: int) -> dict[str, dict]:
     """Times the steps.
 
     Args:
-        configs: the config of each row.
+        configs: the config of each row; the names of their datasets are changed.
         baselines: by row, the one that it is compared with, or itself.
         rounds: how many steps of each count, after a few that do not.
 
     Returns:
         By row, ``ms`` (median) and ``ratio`` (median over the rounds of its time divided by its baseline's).
     """
+    for name, cfg in configs.items():
+        with_own_names(cfg, name)
     steps = {name: _Steps(cfg) for name, cfg in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     started = logged = time.perf_counter()

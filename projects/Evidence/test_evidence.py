@@ -1,5 +1,6 @@
 """The runner on a suite of two steps, and the tables on lines that are made up."""
 
+import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from distill.config import CLASS_NODES, detector_config, load_config, student_config
@@ -21,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import results  # noqa: E402
+from cost import measure  # noqa: E402
 from run import FolderInUse, Runner, TrainingFailed, summarize, train  # noqa: E402
 from suite import config_hash, load_suite, run_config, suite_names  # noqa: E402
 
@@ -201,6 +204,21 @@ def test_a_baseline_is_timed_against_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     Runner(load_suite("digits_aligned"), tmp_path, "cpu", tmp_path, 1).cost(1)
     assert seen["aligned"] == "inherit" and seen["inherit"] == "student" and seen["student"] == "student"
+
+
+def test_rows_that_give_one_name_to_different_data_are_timed_together(tmp_path):
+    suite = load_suite(write_suite(tmp_path))
+    cfg = run_config(suite, suite.row("alone"), 0)
+    cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "cpu", str(tmp_path / "out")
+    other = copy.deepcopy(cfg)
+    write_coco(tmp_path / "more")
+    other.DATASETS.REGISTER = [f"tiny=coco:{tmp_path}/more/instances.json:{tmp_path}/more"]
+    measured = measure({"alone": cfg, "more": other}, {"alone": "alone", "more": "alone"}, 1)
+    assert measured["alone"]["ratio"] == 1 and measured["more"]["ratio"] > 0
+    assert cfg.DATASETS.TRAIN == ["alone/tiny"] and other.DATASETS.REGISTER[0].startswith("more/tiny=coco:")
+    for name in ("alone/tiny", "more/tiny"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_plots_are_drawn_from_the_lines(tmp_path, monkeypatch):
