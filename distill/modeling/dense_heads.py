@@ -8,6 +8,8 @@ from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
+from ..errors import DistillError
+
 
 def has_towers(head: nn.Module | None) -> bool:
     """Whether a head is one of Detectron2's own, of which parts can be run.
@@ -26,6 +28,36 @@ def tower_convs(head: nn.Module) -> tuple[list[nn.Conv2d], list[nn.Conv2d]]:
     """
     towers = ((head.cls_subnet, head.cls_score), (head.bbox_subnet, head.bbox_pred))
     return tuple([*(x for x in tower if isinstance(x, nn.Conv2d)), last] for tower, last in towers)
+
+
+def check_towers(detector: nn.Module, num_convs: int, channels: int) -> None:
+    """Checks that a dense detector's head has two towers that features can be taken from, or sent through.
+
+    Args:
+        detector: any detector.
+        num_convs: how many convolutions each has at least, before the one that predicts.
+        channels: what the last so many of them take.
+
+    Raises:
+        DistillError: it is otherwise.
+    """
+    name = type(detector).__name__
+    head = getattr(detector, "head", None)
+    if not has_towers(head):
+        raise DistillError(
+            f"{name} has no head with a tower of classes and one of boxes: Detectron2's RetinaNet and FCOS have."
+        )
+    for convs in tower_convs(head):
+        if num_convs >= len(convs):
+            raise DistillError(
+                f"The last {num_convs} convolutions of the towers are asked for, before the one that predicts, and the "
+                f"{name}'s head has {len(convs) - 1}."
+            )
+        if convs[-1 - num_convs].in_channels != channels:
+            raise DistillError(
+                f"The towers of the {name}'s head have {convs[-1 - num_convs].in_channels} channels and its features "
+                f"{channels}: expected as many."
+            )
 
 
 def class_logits(head: nn.Module, features: list[Tensor]) -> list[Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DistillError
 from .dense_heads import tower_activations, tower_convs
@@ -50,10 +50,27 @@ class FeatureTap(_Tap):
             self._record = (args[0], output)
 
 
+# What the layers of a dense detector's two towers were given, by level. The keys: how many convolutions follow, before
+# the predicting one, and whether the features are activated.
+TowerRecord = tuple[dict[tuple[int, bool], list[Tensor]], dict[tuple[int, bool], list[Tensor]]]
+
+
+def recorded_inputs(towers: TowerRecord, num_convs: int, is_activated: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """See :meth:`DetectorView.tower_inputs`."""
+    key = num_convs, is_activated
+    if (num_convs + 1, True) not in towers[0]:  # no convolution precedes, so there is no activation
+        key = num_convs, True
+    elif key not in towers[0]:
+        raise DistillError(
+            f"The towers' features before the activation that {num_convs} convolutions follow were not recorded: the "
+            f"distiller's unactivated_towers has to name {num_convs}."
+        )
+    return tuple(tower[key] for tower in towers)
+
+
 class TowerTap(_Tap):
-    """Records what each convolution of a dense detector's two towers was given while it trained: for each tower a dict
-    of lists by level, whose keys are how many convolutions follow, before the predicting one, and whether the features
-    are activated.
+    """Records what each convolution of a dense detector's two towers was given while it trained, as a
+    ``TowerRecord``.
 
     Args:
         head: with towers, see :func:`distill.modeling.dense_heads.has_towers`. It is not changed.

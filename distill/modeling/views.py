@@ -12,9 +12,10 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from .dense_heads import box_deltas, class_logits, decode_boxes, finish_towers, has_towers, start_towers, tower_convs
+from .dense_heads import box_deltas, check_towers, class_logits, decode_boxes, finish_towers, start_towers
 from .precision import autocast, autocast_dtype
 from .scaling import Scaling
+from .taps import recorded_inputs
 
 
 class DetectorView:
@@ -29,7 +30,7 @@ class DetectorView:
         compute_features: returns the padded, normalised images and the features by level.
         frozen: whether the detector is a teacher, all of whose results come without gradient.
         outputs: what modules of the detector returned in this step, by their names ("roi_heads", "box_predictor",
-            "head", "label_anchors"), and what its head's layers were given ("towers", see :class:`TowerTap`).
+            "head", "label_anchors"), and what its head's layers were given ("towers", a ``TowerRecord``).
         scaling: at which size the detector sees the images. Whatever the view shows is in pixels of the whole images.
         levels: the names that the view has for the detector's levels, see :meth:`Scaling.levels`. By default their own.
         dtype: what the detector computes in; None leaves that to autocast outside.
@@ -205,19 +206,9 @@ class DetectorView:
             cells. In float32 where the caller computes in it, whatever the student does.
 
         Raises:
-            DistillError: the features are to be those before the activation, and the distiller's ``unactivated_towers``
-                does not name ``num_convs``.
+            DistillError: it is False, and the distiller's ``unactivated_towers`` does not name ``num_convs``.
         """
-        key = num_convs, is_activated
-        has_activation = (num_convs + 1, True) in self._outputs["towers"][0]
-        if not has_activation:
-            key = num_convs, True
-        elif key not in self._outputs["towers"][0]:
-            raise DistillError(
-                f"The towers' features before the activation that {num_convs} convolutions follow were not recorded: "
-                f"the distiller's unactivated_towers has to name {num_convs}."
-            )
-        towers = tuple(tower[key] for tower in self._outputs["towers"])
+        towers = recorded_inputs(self._outputs["towers"], num_convs, is_activated)
         if autocast_dtype(self._detector.device) == torch.float32:
             towers = tuple([level.float() for level in tower] for tower in towers)
         return towers
@@ -229,8 +220,7 @@ class DetectorView:
             num_convs: how many of each tower's convolutions are left, before the one that predicts.
 
         Returns:
-            By level ``Tensor[N, C, H, W]``, of the tower of classes and of that of boxes, with all of the detector's
-            own cells, not activated; its features where all convolutions are left.
+            As :meth:`tower_inputs`, not activated; the detector's features where all convolutions are left.
         """
         with self._running():
             return start_towers(self._detector.head, self._head_features, num_convs)
@@ -268,23 +258,7 @@ class DetectorView:
         Raises:
             DistillError: it is otherwise.
         """
-        name = type(self._detector).__name__
-        head = getattr(self._detector, "head", None)
-        if not has_towers(head):
-            raise DistillError(
-                f"{name} has no head with a tower of classes and one of boxes: Detectron2's RetinaNet and FCOS have."
-            )
-        for convs in tower_convs(head):
-            if num_convs >= len(convs):
-                raise DistillError(
-                    f"The last {num_convs} convolutions of the towers are asked for, before the one that predicts, and "
-                    f"the {name}'s head has {len(convs) - 1}."
-                )
-            if convs[-1 - num_convs].in_channels != channels:
-                raise DistillError(
-                    f"The towers of the {name}'s head have {convs[-1 - num_convs].in_channels} channels and its "
-                    f"features {channels}: expected as many."
-                )
+        check_towers(self._detector, num_convs, channels)
 
     @property
     def num_positive_anchors(self) -> Tensor:

@@ -17,14 +17,16 @@ from tests.helpers import ROOT, aligned_cfg, detector_cfg, distillation_cfg, run
         ("mask_rcnn", "GlobalKnowledgeDistiller"),
         ("fcos", "GlobalKnowledgeDistiller"),
         ("retinanet", "LogitDistiller"),  # whose loss is of the head's outputs alone
+        ("retinanet", "CrossKDDistiller"),  # and here of what is inside the head
     ],
 )
 def test_reports_every_part(tmp_path, kind, other):
     size = {"INPUT.MIN_SIZE_TRAIN": [64], "INPUT.MAX_SIZE_TRAIN": 96, "SOLVER.IMS_PER_BATCH": 2}
     names = ["ReviewDistiller", other]
-    with_convolutions = [name for name in names if name != "LogitDistiller"]
+    with_convolutions = [name for name in names if name not in ("LogitDistiller", "CrossKDDistiller")]
     teacher = write_teacher(tmp_path, detector_cfg(kind))
-    cfg = distillation_cfg(detector_cfg(kind, **size), teacher, **{"DISTILL.DISTILLERS": names})
+    overrides = {"DISTILL.DISTILLERS": names, "DISTILL.CROSSKD.ALIGN_SCALE": True}
+    cfg = distillation_cfg(detector_cfg(kind, **size), teacher, **overrides)
     (tmp_path / "teacher.pth").unlink()  # weights play no part in the time
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     output = tmp_path / "rows.json"
