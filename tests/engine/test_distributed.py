@@ -4,6 +4,7 @@ import json
 
 import torch
 from detectron2.config import CfgNode
+from pytest import approx
 
 from tests.helpers import detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
 
@@ -25,31 +26,46 @@ ALL_PROPOSALS = {
 }
 
 
-def steps(tmp_path, cfg, batch, of_two=()):
+def steps(folder, cfg, batch, of_two=()):
     """What one process and two of them log of a step and have as weights after it, and the weights before; ``of_two``
     are overrides of the two."""
-    (tmp_path / "cfg.yaml").write_text(cfg.dump())
-    torch.save(batch, tmp_path / "batch.pth")
-    worker = ["tests/engine/step_worker.py", str(tmp_path / "cfg.yaml"), str(tmp_path / "batch.pth"), "OUTPUT_DIR"]
+    folder.mkdir()
+    (folder / "cfg.yaml").write_text(cfg.dump())
+    torch.save(batch, folder / "batch.pth")
+    worker = ["tests/engine/step_worker.py", str(folder / "cfg.yaml"), str(folder / "batch.pth"), "OUTPUT_DIR"]
     losses, weights = [], []
     for name, processes, more in (("one", 1, ()), ("two", 2, of_two)):
-        result = run_script(*worker, str(tmp_path / name), *more, processes=processes)
+        result = run_script(*worker, str(folder / name), *more, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
         assert f"of {processes} processes" in result.stdout
-        record = json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[-1])
+        record = json.loads((folder / name / "metrics.json").read_text().splitlines()[-1])
         losses.append({key: value for key, value in record.items() if "loss" in key or "ratio" in key})
-        weights.append(torch.load(tmp_path / name / "model_final.pth")["model"])
+        weights.append(torch.load(folder / name / "model_final.pth")["model"])
     assert losses[0].keys() == losses[1].keys()
-    return losses, weights, torch.load(tmp_path / "batch.pth.initial")
+    return losses, weights, torch.load(folder / "batch.pth.initial")
 
 
-def check_equal(losses, weights, initial, names=None):
-    for key in names or losses[0]:
-        assert abs(losses[0][key] - losses[1][key]) <= 1e-4 * max(1, abs(losses[0][key])), key
-    for key, before in initial.items():
-        if names is None or key.startswith("distillers."):
+def equal_steps(tmp_path, cfg, draw, names=None, of_two=()):
+    """Checks that one process and two of them have the same losses and change the weights alike in a step on a batch
+    that ``draw`` returns; of some losses only, and the distillers' own weights, where ``names`` are given. Returns what
+    ``steps`` does."""
+    differing = []
+    for number in range(3):
+        losses, weights, initial = result = steps(tmp_path / str(number), cfg, draw(), of_two)
+        differing.append([key for key in names or losses[0] if losses[1][key] != approx(losses[0][key], 1e-4, 1e-4)])
+        for key, before in initial.items():
             updates = [after[key] - before for after in weights]
-            torch.testing.assert_close(*updates, rtol=1e-3, atol=1e-5, msg=key)
+            compared = names is None or key.startswith("distillers.")
+            if compared and not torch.allclose(*updates, rtol=1e-3, atol=1e-5):
+                differing[-1].append(key)
+        # now and then a ReLU's input rounds to the other side of zero, and its gradient is another: draw again
+        if not differing[-1]:
+            return result
+    raise AssertionError(f"losses and changes of weights that are others in two processes, in three draws: {differing}")
+
+
+def draw_four():
+    return random_batch((64, 96), (64, 96), (60, 96), (64, 90))
 
 
 def test_two_processes_step_like_one(tmp_path):
@@ -67,13 +83,11 @@ def test_two_processes_step_like_one(tmp_path):
             "DISTILL.BALANCE": 0.5,
         },
     )
-    batch = random_batch((64, 96), (64, 96), (60, 96), (64, 90))
-    losses, weights, initial = steps(tmp_path, cfg, batch)
+    losses, weights, initial = equal_steps(tmp_path, cfg, draw_four)
     assert losses[0]["loss_review"] > 0 and losses[0]["loss_logit"] > 0
     assert losses[0]["weight/loss_review"] != 1 != losses[0]["weight/loss_imitation"]
     for name in ("Review", "Imitation"):
         assert abs(losses[0][f"gradient_ratio/{name}Distiller"] - 0.5) < 1e-4
-    check_equal(losses, weights, initial)
     moved = {key for key, before in initial.items() if not torch.equal(weights[1][key], before)}
     assert {key.split(".")[0] for key in moved} == {"backbone", "proposal_generator", "roi_heads", "distillers"}
 
@@ -89,8 +103,7 @@ def test_two_processes_with_two_batches_step_like_one_with_one(tmp_path):
             "DISTILL.GRADIENT_LOG_PERIOD": 0,  # what is logged is the first batch's
         },
     )
-    batch = random_batch((64, 96), (64, 96), (60, 96), (64, 90))
-    check_equal(*steps(tmp_path, cfg, batch, of_two=["SOLVER.ACCUMULATE", "2"]))
+    equal_steps(tmp_path, cfg, draw_four, of_two=["SOLVER.ACCUMULATE", "2"])
 
 
 def test_two_processes_distil_a_dense_detector_like_one(tmp_path):
@@ -106,9 +119,9 @@ def test_two_processes_distil_a_dense_detector_like_one(tmp_path):
             "DISTILL.GRADIENT_LOG_PERIOD": 0,
         },
     )
-    batch = [x for boxes in (1, 3, 2, 6) for x in random_batch((64, 96), boxes=boxes)]
-    losses, weights, initial = steps(tmp_path, cfg, batch)
     names = ["loss_cross_class", "loss_cross_box", "loss_logit", "loss_logit_binary", "loss_logit_box_binary"]
+    losses, weights, initial = equal_steps(
+        tmp_path, cfg, lambda: [x for boxes in (1, 3, 2, 6) for x in random_batch((64, 96), boxes=boxes)], names
+    )
     assert all(losses[0][name] > 0 for name in names)
-    check_equal(losses, weights, initial, names)
     assert any(not torch.equal(weights[1][key], initial[key]) for key in initial if key.startswith("distillers."))
