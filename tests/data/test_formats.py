@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -14,6 +15,7 @@ from PIL import Image
 from distill.data import register_datasets
 from distill.data.check import check_source
 from distill.data.formats import read_coco, read_voc
+from distill.data.formats.source import enclosing, select
 from distill.errors import DistillError
 from distill.evaluation import VOCEvaluator
 from tests.data.test_register import unregister  # noqa: F401  a fixture
@@ -81,7 +83,22 @@ def test_an_annotation_whose_image_is_gone_is_a_fault(tmp_path):
 def test_roboflows_folders_of_splits(tmp_path):
     write_flat_voc(tmp_path / "train")
     write_flat_voc(tmp_path / "valid", ["e"])
-    assert [len(read_voc("x", str(tmp_path), split).records) for split in ("train", "valid")] == [4, 1]
+    draw(tmp_path / "test" / "a.jpg")  # not annotated, and of the name of one that is
+    assert [len(read_voc("x", str(tmp_path), split).records) for split in ("train", "valid", "all")] == [4, 1, 5]
+    whole = [read_voc("x", str(tmp_path), split).records for split in ("0.8", "-0.2")]
+    assert [len(part) for part in whole] == [4, 1]
+    files = sorted(record["file_name"].removeprefix(f"{tmp_path}/") for part in whole for record in part)
+    assert files == ["train/a.jpg", "train/b.jpg", "train/c.jpg", "train/d.jpg", "valid/e.jpg"]
+    write_flat_voc(tmp_path / "copies", ["b"])
+    with pytest.raises(DistillError, match="copies/b.xml' and '.*train/b.xml' have the same name"):
+        read_voc("x", str(tmp_path), "all")
+
+
+def test_hidden_folders_are_not_read(tmp_path):
+    (tmp_path / ".idea").mkdir()
+    (tmp_path / ".idea" / "workspace.xml").write_text("<project/>")
+    write_flat_voc(tmp_path / "labels")
+    assert len(checked(read_voc("x", str(tmp_path), "all")).records) == 4
 
 
 def test_shares_are_each_others_rest_and_the_same_every_time(tmp_path):
@@ -95,6 +112,57 @@ def test_shares_are_each_others_rest_and_the_same_every_time(tmp_path):
         read_voc("x", str(tmp_path), "1.5")
     with pytest.raises(DistillError, match="share 0.01 of 17 images is none"):
         read_voc("x", str(tmp_path), "0.01")
+
+
+def test_any_share_and_its_rest_are_the_whole(tmp_path):
+    for count in range(1, 61):
+        stems = [str(number) for number in range(count)]
+        percent = random.randrange(1, 100)
+        for share in (percent, 10, 15, 30, 45):
+            first, rest = f"{share / 100:.2f}", f"-{(100 - share) / 100:.2f}"
+            if 0 < round(count * share / 100) < count and 2 * count * share % 100:
+                assert sorted(select("x", first, stems, tmp_path) + select("x", rest, stems, tmp_path)) == sorted(stems)
+    fifteen = [str(number) for number in range(15)]
+    parts = [select("x", share, fifteen, tmp_path) for share in ("0.1", "-0.9")]  # a boundary between two images
+    assert sorted(parts[0] + parts[1]) == sorted(fifteen)
+
+
+def test_a_list_that_is_named_by_a_number_is_a_list(tmp_path):
+    write_flat_voc(tmp_path)
+    (tmp_path / "1.txt").write_text("b\n")
+    assert [record["image_id"] for record in read_voc("x", str(tmp_path), "1").records] == ["b"]
+
+
+def turned_corners(box, degrees):
+    """The box around a rotated box, literally: its corners are turned around its centre."""
+    x0, y0, x1, y1 = box
+    centre, turn = complex((x0 + x1) / 2, (y0 + y1) / 2), np.exp(1j * math.radians(degrees))
+    corners = np.array([centre + (complex(x, y) - centre) * turn for x in (x0, x1) for y in (y0, y1)])
+    return [corners.real.min(), corners.imag.min(), corners.real.max(), corners.imag.max()]
+
+
+def test_cvats_rotated_boxes_are_enclosed(tmp_path):
+    for degrees in (90.0, 180.0, random.uniform(0, 360), random.uniform(-360, 0)):
+        box = [random.uniform(0, 10), random.uniform(0, 10), random.uniform(15, 20), random.uniform(15, 25)]
+        assert enclosing(box, degrees) == pytest.approx(turned_corners(box, degrees))
+    assert enclosing(BOX, 0.0) == enclosing(BOX, 360.0) == BOX
+
+    attributes = "<attributes><attribute><name>rotation</name><value>{}</value></attribute></attributes>"
+    for text, expected in (("90.0", turned_corners(BOX, 90)), ("0.0", BOX), ("to the left", BOX)):
+        write_flat_voc(tmp_path / text, ["a"], more=attributes.format(text))
+        assert only_box(checked(read_voc("x", str(tmp_path / text), "all"))) == pytest.approx(expected)
+
+    own = coco()["annotations"][0]
+    for angle, more, expected in (
+        (30.0, {}, turned_corners(BOX, 30)),
+        (0.0, {}, BOX),
+        (30.0, {"segmentation": [[4, 6, 20, 6, 20, 16, 4, 16]]}, BOX),  # the box of a mask, which is turned
+        ("to the left", {}, BOX),
+    ):
+        turned = {**own, **more, "attributes": {"occluded": False, "rotation": angle}}
+        source = checked(write_coco(tmp_path, coco(annotations=[turned])))
+        assert only_box(source) == pytest.approx(expected)
+        assert bool(source.json_file) == (expected == BOX)  # which has the box before its rotation
 
 
 def test_lists_with_a_second_column(tmp_path):
@@ -210,6 +278,22 @@ def test_a_complete_json_is_evaluated_as_it_is(tmp_path):
     source = checked(write_coco(tmp_path, coco()))
     assert source.json_file == f"{tmp_path}/coco.json" and only_box(source) == BOX
     assert source.metadata["thing_dataset_id_to_contiguous_id"] == {7: 0}
+
+
+def test_images_of_one_name_are_not_taken_for_each_other(tmp_path):
+    images = [
+        {"id": i, "file_name": f"{folder}/a.png", "width": W, "height": H} for i, folder in ((3, "one"), (4, "two"))
+    ]
+    source = write_coco(tmp_path, coco(images=images))
+    with pytest.raises(DistillError, match="2 images do not exist: .*one/a.png, .*two/a.png"):
+        check_source("x", source)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "one" / "a.png")
+    path = tmp_path / "coco.json"
+    with pytest.raises(DistillError, match="1 images do not exist: .*two/a.png"):
+        check_source("x", read_coco("x", str(path), str(tmp_path)))
+    path.write_text(json.dumps(coco(images=images[:1])))
+    assert only_box(checked(read_coco("x", str(path), str(tmp_path / "one")))) == BOX
 
 
 def test_a_byte_order_mark_text_ids_and_a_path_of_another_machine(tmp_path):

@@ -101,3 +101,18 @@ def test_a_data_set_without_an_object_is_refused(tmp_path, unregister):  # noqa:
     cfg.DATASETS.REGISTER = [f"cells=yolo:{path}:valid"]
     with pytest.raises(DistillError, match="its 1 images have no annotated object"):
         register_from_config(cfg)
+
+
+def test_an_object_of_id_0_is_found(tmp_path, unregister):  # noqa: F811
+    """Label Studio counts from 0, which pycocotools takes for no object."""
+    cfg = detector_cfg("retinanet")
+    cfg.DATASETS.REGISTER = [f"cells={write(tmp_path / 'data', 'coco')}"]
+    path = tmp_path / "data" / "coco.json"
+    content = json.loads(path.read_text())
+    for index, annotation in enumerate(content["annotations"]):
+        annotation.update(id=index, image_id=index, area=1.0, iscrowd=0)
+        content["images"][index]["id"] = index
+    path.write_text(json.dumps(content))
+    register_from_config(cfg)
+    assert not getattr(MetadataCatalog.get("cells"), "json_file", None)  # which would be evaluated as it is
+    assert evaluate(cfg, "cells", tmp_path)["AP"] == pytest.approx(100)

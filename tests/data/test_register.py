@@ -130,7 +130,7 @@ def test_the_same_entry_twice_is_fine_and_another_of_that_name_is_not(tmp_path):
         ("v=kitti:{root}:train", "not of the form 'name=voc:"),
         ("v=yolo:{root}:train", "has no list of classes"),
         ("v=voc:{root}/no:train", "folder '.*/no' does not exist"),
-        ("v=voc:{root}/Annotations:train", "there is no split 'train': expected a share"),
+        ("v=voc:{root}/Annotations:train", "there is no split 'train': expected all, a share"),
         ("v=voc:{root}:val", "no split 'val': expected .* Lists in .*: bare, empty, lost, train"),
         ("v=voc:{root}:empty", "split '.*empty.txt' is empty"),
         ("v=voc:{root}:lost", "1 images do not exist: .*99.jpg"),

@@ -28,6 +28,22 @@ def test_roboflows_yolo(tmp_path):
     assert len(read_yolo("x", str(path), "valid").records) == len(read_yolo("x", str(path), "val").records) == 1
 
 
+def test_a_data_yaml_is_split_anew(tmp_path):
+    """CVAT's export has one subset, and who wants a test set takes a share."""
+    path = write_yolo(tmp_path)
+    names = {
+        split: [r["file_name"].rsplit("/", 1)[1] for r in checked(read_yolo("x", str(path), split)).records]
+        for split in ("all", "0.67", "-0.33")
+    }
+    assert sorted(names["all"]) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert len(names["0.67"]) == 2 and sorted(names["0.67"] + names["-0.33"]) == sorted(names["all"])
+    assert names["0.67"] == [r["file_name"][-5:] for r in read_yolo("x", str(tmp_path), "0.67").records]
+    draw(tmp_path / "valid" / "images" / "a.jpg")
+    assert len(read_yolo("x", str(path), "all").records) == 4
+    (tmp_path / "mine.txt").write_text("train/images/a\nvalid/images/c\n")
+    assert len(checked(read_yolo("x", str(path), "mine")).records) == 2
+
+
 def test_names_by_number_polygons_and_images_without_objects(tmp_path):
     path = write_yolo(tmp_path, names={0: "ant", 1: "cell"}, nc=None)
     corners = [4 / W, 6 / H, 20 / W, 6 / H, 20 / W, 16 / H, 4 / W, 16 / H]
@@ -73,7 +89,7 @@ def test_faulty_lines_are_counted(tmp_path, line, message):
         ({"names": None}, "is not YOLO's data.yaml"),
         ({"names": {0: "a", 2: "b"}, "nc": 2}, "without a gap"),
         ({"nc": 3}, "nc 3 and 2 names"),
-        ({"train": None}, "no split 'train': expected one of val"),
+        ({"train": None}, "no split 'train': expected val, all, a share"),
         ({"train": "nowhere"}, "nowhere' does not exist"),
     ],
 )

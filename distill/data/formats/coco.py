@@ -3,14 +3,14 @@
 import json
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
-from .source import Fault, Source, absolute, check_classes, require, select
+from .source import Fault, Source, absolute, check_classes, enclosing, require, select
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
         name: of the dataset, for errors.
         json_file: with ``images``, ``annotations`` and ``categories``.
         image_root: the folder that its file names are relative to; an image that is not there is looked for by its
-            name alone.
+            name alone, if no other has that name.
         split: see :func:`.source.select`, by the images' file names.
 
     Returns:
@@ -43,6 +43,7 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
         categories = [category for category in categories if category is not root]
         classes = [str(category["name"]) for category in categories]
         stems = [str(Path(str(image["file_name"])).with_suffix("")) for image in images]
+        names = Counter(_name(str(image["file_name"])) for image in images)
         keys = [str(image["id"]) for image in images]
         sizes = [(int(image.get("height") or 0), int(image.get("width") or 0)) for image in images]
         by_image = defaultdict(list)
@@ -70,7 +71,7 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
         if stem not in chosen:
             continue
         record = {
-            "file_name": _find(folder, str(image["file_name"])),
+            "file_name": _find(folder, str(image["file_name"]), names),
             "image_id": image["id"] if are_numbers else index + 1,
             "height": height,
             "width": width,
@@ -106,15 +107,32 @@ def _find_root(categories: list[dict], annotations: list[dict]) -> dict | None:
 
 
 def _is_standard(annotation: dict) -> bool:
-    """Whether Detectron2's evaluator reads an annotation as it is."""
+    """Whether Detectron2's evaluator reads an annotation as it is. To pycocotools the id 0, of Label Studio's first,
+    means no object."""
     numbers = all(type(annotation.get(key)) is int for key in ("id", "image_id", "category_id", "iscrowd"))
-    return numbers and not annotation.get("ignore") and "area" in annotation and len(annotation.get("bbox") or ()) == 4
+    is_read = numbers and annotation["id"] > 0 and not annotation.get("ignore") and not _rotation(annotation)
+    return is_read and "area" in annotation and len(annotation.get("bbox") or ()) == 4
 
 
-def _find(root: Path, file_name: str) -> str:
+def _rotation(annotation: dict) -> float:
+    """In degrees, of a box without a mask: CVAT's."""
+    attributes = annotation.get("attributes")
+    has_angle = isinstance(attributes, dict) and not annotation.get("segmentation")
+    try:
+        return float(attributes.get("rotation") or 0) if has_angle else 0.0
+    except (TypeError, ValueError):  # another tool's attribute of that name
+        return 0.0
+
+
+def _find(root: Path, file_name: str, names: Counter[str]) -> str:
     """Tools write paths of their own machine: what counts is where the image is here."""
-    names = (file_name, file_name.replace("\\", "/"), Path(file_name.replace("\\", "/")).name)
-    return next((absolute(root / n) for n in names if (root / n).is_file()), absolute(root / file_name))
+    name = _name(file_name)
+    places = [file_name, file_name.replace("\\", "/"), *([name] if names[name] == 1 else [])]
+    return next((absolute(root / n) for n in places if (root / n).is_file()), absolute(root / file_name))
+
+
+def _name(file_name: str) -> str:
+    return Path(file_name.replace("\\", "/")).name
 
 
 def _read_annotation(source: Source, record: dict, annotation: dict, numbers: dict[str, int]) -> None:
@@ -125,7 +143,7 @@ def _read_annotation(source: Source, record: dict, annotation: dict, numbers: di
     found = {"bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "iscrowd": int(annotation.get("iscrowd") or 0)}
     try:
         mask = _read_mask(annotation.get("segmentation"), record)
-        box = _read_box(annotation.get("bbox"), mask)
+        box = enclosing(_read_box(annotation.get("bbox"), mask), _rotation(annotation))
     except (ValueError, TypeError, KeyError, IndexError):
         source.faults.append(Fault("annotation unreadable", record, record["file_name"]))
         return

@@ -1,9 +1,11 @@
 """What every reader of annotations returns, and how images and splits are found."""
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,15 +122,16 @@ def check_classes(name: str, classes: Sequence[str]) -> None:
     require(not twice, name, f"the classes {', '.join(twice)} are there more than once: expected names that differ.")
 
 
-def select(name: str, split: str, stems: Sequence[str], folder: Path) -> list[str]:
+def select(name: str, split: str, stems: Sequence[str], folder: Path, own: Sequence[str] = ()) -> list[str]:
     """The images of a split that no folder of the dataset describes.
 
     Args:
         name: of the dataset.
-        split: "all"; a share such as "0.8", drawn by the hash of each name and so the same everywhere, whose rest is
-            "-0.2"; or a file with a name on each line.
+        split: "all"; a file with a name on each line; or a share such as "0.8", drawn by the hash of each name and so
+            the same everywhere, whose rest is "-0.2".
         stems: names of all images, without their ending.
         folder: what the file's path may be relative to.
+        own: the splits that the dataset describes, for the error.
 
     Returns:
         Names, in the order of the file, or sorted.
@@ -138,6 +141,12 @@ def select(name: str, split: str, stems: Sequence[str], folder: Path) -> list[st
     """
     if split == "all":
         return sorted(stems)
+    for path in (folder / split, folder / f"{split}.txt", Path(split)):
+        if path.is_file():
+            names = read_names(path)
+            require(bool(names), name, f"the split '{path}' is empty: expected the name of an image on each line.")
+            known = set(stems)
+            return [_without_column(line, known) for line in names]
     share = _share(split)
     if share is not None:
         require(0 < abs(share) <= 1, name, f"the share {split} is not between -1 and 1.")
@@ -147,27 +156,22 @@ def select(name: str, split: str, stems: Sequence[str], folder: Path) -> list[st
         chosen = sorted(drawn[:first] if share > 0 else drawn[first:])
         require(bool(chosen), name, f"the share {split} of {len(drawn)} images is none: expected a larger one.")
         return chosen
-    for path in (folder / split, folder / f"{split}.txt", Path(split)):
-        if path.is_file():
-            names = read_names(path)
-            require(bool(names), name, f"the split '{path}' is empty: expected the name of an image on each line.")
-            known = set(stems)
-            return [_without_column(line, known) for line in names]
     lists = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"
+    expected = ", ".join([*own, "all", "a share such as 0.8 or -0.2 (its rest)"])
     require(
         False,
         name,
-        f"there is no split {split!r}: expected a share such as 0.8 or -0.2 (its rest), all, or a file with a name on "
-        f"each line. Lists in '{folder}': {lists}.",
+        f"there is no split {split!r}: expected {expected}, or a file with a name on each line. Lists in '{folder}': "
+        f"{lists}.",
     )
     return []
 
 
-def _share(split: str) -> float | None:
-    """The number that a split is; None where it is a name."""
+def _share(split: str) -> Fraction | None:
+    """The number that a split is, exactly, or a share and its rest could overlap; None where it is a name."""
     try:
-        return float(split)
-    except ValueError:
+        return Fraction(split)
+    except (ValueError, ZeroDivisionError):
         return None
 
 
@@ -186,6 +190,25 @@ def _without_column(line: str, stems: set[str]) -> str:
             if stem in stems:
                 return stem
     return candidates[-1]
+
+
+def enclosing(box: Sequence[float], degrees: float) -> list[float]:
+    """The upright box around a rotated one. CVAT writes the box before its rotation, and the angle as an attribute.
+
+    Args:
+        box: XYXY, before it is rotated around its centre.
+        degrees: the angle.
+
+    Returns:
+        XYXY.
+    """
+    if degrees % 360 == 0:
+        return list(box)
+    x0, y0, x1, y1 = box
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    width, height = (x1 - x0) * cos + (y1 - y0) * sin, (x1 - x0) * sin + (y1 - y0) * cos
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
 
 
 def absolute(path: Path) -> str:

@@ -7,7 +7,18 @@ from xml.etree import ElementTree
 
 from detectron2.structures import BoxMode
 
-from .source import IMAGE_TYPES, Fault, Source, absolute, check_classes, find_images, given_classes, require, select
+from .source import (
+    IMAGE_TYPES,
+    Fault,
+    Source,
+    absolute,
+    check_classes,
+    enclosing,
+    find_images,
+    given_classes,
+    require,
+    select,
+)
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -17,7 +28,7 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
 
     Args:
         name: of the dataset, for errors.
-        root: a folder in PASCAL VOC's layout, or with images and XML files together, or in two folders below.
+        root: a folder in PASCAL VOC's layout, or with images and XML files together, or in folders below.
         split: of ``ImageSets/Main``; elsewhere see :func:`.source.select`. It may be a folder of root, too.
         classes: see :func:`.source.given_classes`; by default those of all XML files, sorted.
 
@@ -25,7 +36,8 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
         The dataset.
 
     Raises:
-        DistillError: a folder or the split is missing, there is no class, or one that is not among those given.
+        DistillError: a folder or the split is missing, two folders have XML files of one name, there is no class, or
+            one that is not among those given.
     """
     folder = Path(root)
     require(folder.is_dir(), name, f"the folder '{root}' does not exist.")
@@ -33,7 +45,7 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
         folder, split = folder / split, "all"  # Roboflow's train, valid and test
     standard = folder / "JPEGImages"
     nested = _below(standard, IMAGE_TYPES)
-    annotations = _annotations(folder, nested)
+    annotations = _annotations(name, folder, nested)
     require(
         bool(annotations),
         name,
@@ -43,6 +55,7 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
     expected = standard if standard.is_dir() else folder
     others = sorted(p for p in folder.iterdir() if p.is_dir())
     images = {**nested, **find_images([standard, folder, *others])}
+    beside = {place: find_images([place]) for place in {path.parent for path in annotations.values()}}
     lists = folder / "ImageSets" / "Main"
     # of a flat folder what is annotated: an image without an XML file has not been looked at
     stems = select(name, split, list(annotations), lists if lists.is_dir() else folder)
@@ -59,21 +72,29 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
         "Name all of them, or none to take them from the annotations.",
     )
     for stem in stems:
-        record = {"file_name": absolute(images.get(stem, expected / f"{stem}.jpg")), "image_id": stem}
-        source.records.append({**record, "height": 0, "width": 0, "annotations": []})
-        _read_xml(source, annotations.get(stem), parsed.get(stem))
+        path = annotations.get(stem)
+        image = beside[path.parent].get(stem) if path else None
+        image = image or images.get(stem, expected / f"{stem}.jpg")
+        record = {"file_name": absolute(image), "image_id": stem, "height": 0, "width": 0, "annotations": []}
+        source.records.append(record)
+        _read_xml(source, path, parsed.get(stem))
     return source
 
 
-def _annotations(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
-    """XML files by their image's name; in folders below "Annotations", those of images in such folders alone."""
+def _annotations(name: str, folder: Path, images: dict[str, Path]) -> dict[str, Path]:
+    """XML files by their image's name; in folders below "Annotations", those of images in such folders alone; else in
+    the folder itself; else in all folders below it."""
     found = {
         stem: path
         for stem, path in _below(folder / "Annotations", (".xml",)).items()
         if "/" not in stem or stem in images
     }
-    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        found = found or {path.stem: path for path in sorted(place.glob("*.xml"))}
+    found = found or {path.stem: path for path in sorted(folder.glob("*.xml"))}
+    if found:
+        return found
+    for path in sorted(p for p in folder.glob("*/*.xml") if not p.parent.name.startswith(".")):
+        other = found.setdefault(path.stem, path)
+        require(other == path, name, f"'{other}' and '{path}' have the same name: give one of their folders as ROOT.")
     return found
 
 
@@ -107,6 +128,8 @@ def _read_xml(source: Source, path: Path | None, tree: ElementTree.Element | Non
         class_name = (node.findtext("name") or "").strip()
         try:
             x0, y0, x1, y1 = (float(node.findtext(f"bndbox/{corner}") or "?") for corner in _CORNERS)
+            # as Detectron2 does: pixels count from 1, the last one is inside
+            box = enclosing([x0 - 1, y0 - 1, x1, y1], _rotation(node))
         except ValueError:
             source.faults.append(Fault("annotation unreadable", record, str(path)))
             continue
@@ -115,13 +138,24 @@ def _read_xml(source: Source, path: Path | None, tree: ElementTree.Element | Non
             continue
         record["annotations"].append(
             {
-                "bbox": [x0 - 1, y0 - 1, x1, y1],  # as Detectron2 does: pixels count from 1, the last one is inside
+                "bbox": box,
                 "bbox_mode": BoxMode.XYXY_ABS,
                 "category_id": source.classes.index(class_name),
                 "iscrowd": 0,
                 "difficult": int(_is_true(node.findtext("difficult"))),
             }
         )
+
+
+def _rotation(node: ElementTree.Element) -> float:
+    """In degrees, as CVAT writes it."""
+    for attribute in node.iterfind("attributes/attribute"):
+        if attribute.findtext("name") == "rotation":
+            try:
+                return float(attribute.findtext("value") or 0)
+            except ValueError:  # another tool's attribute of that name
+                return 0.0
+    return 0.0
 
 
 def _number(text: str | None) -> int:

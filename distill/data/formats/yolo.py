@@ -2,7 +2,8 @@
 Label Studio, CVAT's "YOLO 1.1")."""
 
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -22,7 +23,7 @@ def read_yolo(name: str, root: str, split: str) -> Source:
         name: of the dataset, for errors.
         root: a ``data.yaml`` with ``names``; or a folder with images, text files, and a list of the classes
             (``classes.txt``, ``obj.names`` or ``_darknet.labels``).
-        split: a key of the ``data.yaml``, such as "train" or "val"; of a folder see :func:`.source.select`.
+        split: a key of the ``data.yaml``, such as "train" or "val"; else, and of a folder, see :func:`.source.select`.
 
     Returns:
         The dataset. Boxes are in shares of the image until :func:`distill.data.check.check_source` knows its size. An
@@ -72,16 +73,15 @@ def _from_yaml(name: str, path: Path, split: str) -> tuple[list[str], list[Path]
         number in (None, len(classes)), name, f"'{path}' has nc {number} and {len(classes)} names: expected as many."
     )
     split = "val" if split == "valid" and "valid" not in content else split
-    there = [key for key in ("train", "val", "test") if content.get(key)]
-    require(
-        bool(content.get(split)),
-        name,
-        f"'{path}' has no split {split!r}: expected one of {', '.join(there) or 'train'}.",
-    )
+    keys = [key for key in ("train", "val", "test") if content.get(key)]
     base = path.parent / str(content.get("path") or "")
     base = base if base.is_dir() else path.parent  # where it was written for another machine
-    places = content[split] if isinstance(content[split], list) else [content[split]]
-    return classes, [image for place in places for image in _images_of(name, base, str(place))], num_extra
+    places = [content[key] for key in ([split] if content.get(split) else keys)]
+    places = [place for own in places for place in (own if isinstance(own, list) else [own])]
+    images = list(dict.fromkeys(image for place in places for image in _images_of(name, base, str(place))))
+    if not content.get(split):
+        images = _select(name, split, images, path.parent, keys)
+    return classes, images, num_extra
 
 
 def _images_of(name: str, base: Path, place: str) -> list[Path]:
@@ -111,11 +111,15 @@ def _from_folder(name: str, folder: Path, split: str) -> tuple[list[str], list[P
         name,
         f"the folder '{folder}' has no list of classes: expected {', '.join(_CLASS_LISTS[:3])}, or give a data.yaml.",
     )
-    images = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(_walk(folder))}
-    by_name = {path.stem: path for path in images.values()}
-    table = by_name if len(by_name) == len(images) else images
-    chosen = select(name, split, list(table), folder)
-    return read_names(lists[0]), [table.get(stem, folder / stem) for stem in chosen]
+    return read_names(lists[0]), _select(name, split, sorted(_walk(folder)), folder)
+
+
+def _select(name: str, split: str, images: Sequence[Path], folder: Path, own: Sequence[str] = ()) -> list[Path]:
+    """Images of a split, by their names; by their paths from the folder where names are not unique."""
+    by_path = {os.path.relpath(path.with_suffix(""), folder): path for path in images}
+    by_name = {path.stem: path for path in images}
+    table = by_name if len(by_name) == len(by_path) else by_path
+    return [table.get(stem, folder / stem) for stem in select(name, split, list(table), folder, own)]
 
 
 def _label_file(image: Path) -> Path:
