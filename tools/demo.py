@@ -10,6 +10,7 @@ draws their detections side by side. Finished stages are kept, and an interrupte
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -91,6 +92,29 @@ def photo_opts(train_set: str, test_set: str, opts: Sequence[str] = ()) -> list[
         "INPUT.RANDOM_FLIP": "horizontal",
     }
     return [str(item) for pair in opts.items() for item in pair]
+
+
+def check_settings(output: Path, opts: Sequence[str]) -> None:
+    """Refuses to go on with models of other data or other settings; of none, notes these.
+
+    Args:
+        output: the folder of the stages' folders.
+        opts: ``[KEY, VALUE, ...]``, those of all trainings.
+
+    Raises:
+        DistillError: the folder is of other ones.
+    """
+    path, settings = output / "settings.json", list(opts)
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before != settings:
+            raise DistillError(
+                f"The models in {output} were trained with {' '.join(before) or 'no overrides'}, not with "
+                f"{' '.join(settings) or 'none'}: give another --output, or remove that folder."
+            )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
 
 
 def train_stage(stage: Stage, folder: Path, overrides: Sequence[str]) -> None:
@@ -223,6 +247,7 @@ def main() -> None:
     if not args.data:
         prepare_digit_scenes()
     opts = [*(photo_opts(*args.data, args.opts) if args.data else []), *args.opts]
+    check_settings(output, opts)
     teacher = output / STAGES[0].folder
     learn = [
         *("DISTILL.TEACHER.CONFIG_FILE", str(teacher / "config.yaml")),

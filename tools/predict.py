@@ -102,14 +102,17 @@ def find_images(inputs: Sequence[str], output: Path) -> dict[Path, Path]:
             images.append(path)
         else:
             raise DistillError(f"--input {path} is neither a file nor a folder.")
+    given = {path.resolve() for path in images}
     targets: dict[Path, Path] = {}
+    drawn: set[Path] = set()
     for path in dict.fromkeys(images):
         target = output / (path.name if path.suffix.lower() in IMAGES else f"{path.name}.png")
-        if target.resolve() in {image.resolve() for image in images}:
+        if target.resolve() in given:
             raise DistillError(f"Drawing into {output} would overwrite the image {target}: give another --output.")
-        if target in targets.values():
+        if target in drawn:
             raise DistillError(f"Two images are called {path.name}: draw them one by one, into folders of their own.")
         targets[path] = target
+        drawn.add(target)
     return targets
 
 

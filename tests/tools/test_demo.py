@@ -36,6 +36,12 @@ def test_photos_go_through_every_stage_once(tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.count("finished already") == len(names)
 
+    make_voc(tmp_path / "others")
+    other = f"voc:{tmp_path}/others:train"
+    refused = run_script("tools/demo.py", "--output", str(out), "--data", other, other, *SHORT)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr and "finished" not in refused.stdout
+    assert f"error: The models in {out} were trained with DATASETS.REGISTER" in refused.stderr
+
 
 def test_one_test_image_is_drawn_and_the_users_check_counts(tmp_path, monkeypatch, unregister):  # noqa: F811
     monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])

@@ -282,8 +282,13 @@ def test_results_of_an_intermediate_checkpoint_are_those_of_its_iteration(tools,
     shutil.copytree(runs / "teacher", teacher)
     (teacher / "metrics.json").write_text("".join(json.dumps(scores(i, float(i))) + "\n" for i in (9, 19, 40)))
     config = tmp_path / "distilled" / "config.yaml"
-    for name, expected in (("model_0000019", 19.0), ("model_0000039", 40.0), ("model_0000029", None), ("best", 40.0)):
+    numbered = {"model_0000019": 19.0, "model_0000039": 40.0, "model_0000029": None, "mine": 40.0}
+    cases = [(name, {}, expected) for name, expected in numbered.items()]
+    cases += [("model_best", {"best": {"iterations": i}}, v) for i, v in ((10, 9.0), (20, 19.0), (40, 40.0))]
+    cases += [("model_best", {"iteration": 9}, 9.0), ("model_best", {}, None)]  # Detectron2's, and nobody's
+    for name, more, expected in cases:
         (teacher / "model_final.pth").rename(teacher / f"{name}.pth")
+        torch.save({"model": {}, **more}, teacher / f"{name}.pth")
         config.write_text((runs / "distilled" / "config.yaml").read_text().replace(str(runs / "teacher"), str(teacher)))
         config.write_text(config.read_text().replace("model_final.pth", f"{name}.pth"))
         found = reading.TeacherOf(reading.Run(tmp_path / "distilled"))

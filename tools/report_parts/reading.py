@@ -209,17 +209,32 @@ class TeacherOf:
             self.problem += " --evaluate-teacher evaluates it."
 
     def _logged(self, weights: Path) -> Scores:
-        """The results in the metrics.json beside its weights: of an intermediate checkpoint, those of its iteration."""
+        """The results in the metrics.json beside its weights: of an intermediate checkpoint or the best, those of its
+        iteration."""
         if self.run is None:
             found = _evaluations(_read_records(weights.parent), self.recipe.cfg.DATASETS.TEST)
         else:
             found = self.run.evaluations
-        numbered = re.fullmatch(r"model_(\d{7})", weights.stem)
-        if not numbered:
+        iteration = _iteration_of(weights)
+        if iteration is None:
             return list(found.values())[-1] if found else {}
         # the evaluation after the last iteration is logged one later
-        iteration = int(numbered[1])
         return found.get(iteration) or found.get(iteration + 1, {})
+
+
+def _iteration_of(weights: Path) -> int | None:
+    """After which iteration, counted from 0, a run wrote a checkpoint; None for its last. -2 where it does not say."""
+    numbered = re.fullmatch(r"model_(\d{7})", weights.stem)
+    if numbered:
+        return int(numbered[1])
+    if weights.name != "model_best.pth":
+        return None
+    try:
+        content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+        # the second is what Detectron2's BestCheckpointer writes
+        return content["best"]["iterations"] - 1 if "best" in content else content.get("iteration", -2)
+    except Exception as error:
+        raise DistillError(f"'{weights}' cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _evaluate(run: Run) -> Scores:
