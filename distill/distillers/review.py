@@ -1,6 +1,6 @@
 """Knowledge review (ReviewKD): Chen, Liu, Zhao, Jia, CVPR 2021, arXiv 2104.09044."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -96,6 +96,18 @@ class ReviewModule(nn.Module):
         return outputs[::-1]
 
 
+def _check_norm(norm: str, channels: Collection[int]) -> None:
+    try:
+        for number in channels:
+            get_norm(norm, number)
+    except (KeyError, ValueError) as error:
+        raise DistillError(
+            f"DISTILL.REVIEW.NORM is {norm!r}: expected one of Detectron2's, such as 'BN', 'SyncBN', or 'GN' where 32 "
+            f"divides the channels, which are {', '.join(map(str, sorted(channels)))} here (MID_CHANNELS and the "
+            "teacher's)."
+        ) from error
+
+
 @DISTILLER_REGISTRY.register()
 class ReviewDistiller(Distiller):
     """Compares the reviewed pyramid of the student with the teacher's.
@@ -135,12 +147,21 @@ class ReviewDistiller(Distiller):
         node = cfg.DISTILL.REVIEW
         if node.CRITERION not in ("HCL", "SSIM"):
             raise DistillError(f"DISTILL.REVIEW.CRITERION is {node.CRITERION!r}: expected 'HCL' or 'SSIM'.")
+        if any(size < 1 for size in node.POOL_SIZES):
+            raise DistillError(
+                f"DISTILL.REVIEW.POOL_SIZES is {list(node.POOL_SIZES)}: expected sizes of at least 1. Whole maps are "
+                "always compared, and not listed."
+            )
+        if node.MID_CHANNELS < 1:
+            raise DistillError(f"DISTILL.REVIEW.MID_CHANNELS is {node.MID_CHANNELS}: expected at least 1.")
         by_context = partial(hierarchical_context_loss, pool_sizes=tuple(node.POOL_SIZES))
         levels = shared_levels(node.LEVELS, student_shape, teacher_shape, "DISTILL.REVIEW.LEVELS")
+        out_channels = [teacher_shape[level].channels for level in levels]
+        _check_norm(node.NORM, {node.MID_CHANNELS, *out_channels})
         return {
             "levels": levels,
             "in_channels": [student_shape[level].channels for level in levels],
-            "out_channels": [teacher_shape[level].channels for level in levels],
+            "out_channels": out_channels,
             "mid_channels": node.MID_CHANNELS,
             "norm": node.NORM,
             "criterion": by_context if node.CRITERION == "HCL" else structural_criterion(cfg),

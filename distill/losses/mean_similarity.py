@@ -48,7 +48,7 @@ class _MeanSimilarity(torch.autograd.Function):
         # a row for each map, whatever the scales are shared by
         rows = [t.expand(*x.shape[:2], 1, 1).reshape(num_maps, 1, 1) for t in (*scales, c1, c2)]
         given, target = (t.reshape(num_maps, height, width) for t in (x, y))
-        gradient = torch.empty_like(given) if ctx.needs_input_grad[0] else None
+        gradient = torch.empty(given.shape, dtype=given.dtype, device=given.device) if ctx.needs_input_grad[0] else None
         step = max(1, _CHUNK.get(x.device.type, _CHUNK_ELSEWHERE) // (height * width))
         num_windows = num_maps * (height - len(window) + 1) * (width - len(window) + 1)
         total, by_low, by_spread = x.new_zeros(3)

@@ -33,9 +33,11 @@ def build_class_map(cfg: CfgNode) -> dict[int, int] | None:
     given = [pair.split("=") for pair in pairs]
     if pairs != ["names"] and not all(len(pair) == 2 and all(pair) for pair in given):
         raise DistillError(f"DISTILL.CLASS_MAP is {pairs!r}: {_EXPECTED}.")
+    sets = {"student": cfg.DATASETS.TRAIN, "teacher": teacher_recipe(cfg).cfg.DATASETS.TRAIN}
     if pairs != ["names"] and all(side.isdigit() for pair in given for side in pair):
-        return _unique([(int(own), int(theirs)) for own, theirs in given], pairs)
-    names = [_names(cfg.DATASETS.TRAIN, "student"), _names(teacher_recipe(cfg).cfg.DATASETS.TRAIN, "teacher")]
+        names = [_known(datasets) for datasets in sets.values()]  # a digit may be the name of a class
+    else:
+        names = [_names(datasets, side) for side, datasets in sets.items()]
     if pairs == ["names"]:
         shared = [(own, names[1].index(name)) for own, name in enumerate(names[0]) if name in names[1]]
         if not shared:
@@ -62,15 +64,19 @@ def _unique(found: list[tuple[int, int]], pairs: list[str]) -> dict[int, int]:
     return dict(found)
 
 
+def _known(datasets: Sequence[str]) -> list[str]:
+    """The names of the classes of a side's first training dataset, as far as it says them without being read."""
+    is_registered = bool(datasets) and datasets[0] in DatasetCatalog.list()
+    return list(MetadataCatalog.get(datasets[0]).get("thing_classes") or []) if is_registered else []
+
+
 def _names(datasets: Sequence[str], side: str) -> list[str]:
-    """The names of the classes of a side's first training dataset."""
     name = datasets[0] if datasets else ""
-    if name in DatasetCatalog.list():
-        if "thing_classes" not in MetadataCatalog.get(name).as_dict():
-            DatasetCatalog.get(name)  # a COCO file says its classes once it is read
-        names = MetadataCatalog.get(name).get("thing_classes")
-        if names:
-            return list(names)
+    if name in DatasetCatalog.list() and not _known(datasets):
+        DatasetCatalog.get(name)  # a COCO file says its classes once it is read
+    names = _known(datasets)
+    if names:
+        return names
     raise DistillError(
         f"DISTILL.CLASS_MAP compares names of classes, and those of the {side} are not known, since its dataset "
         f"{name!r} (DATASETS.TRAIN of its config) is not registered here: give pairs of numbers, such as '0=14'."

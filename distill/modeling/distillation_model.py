@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.structures import Instances
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -75,10 +76,13 @@ class DistillationModel(Wrapper):
         self._inheritable_weights()  # an error now rather than after the data is loaded
         self._tap = FeatureTap(student.backbone)
         # what the student's own heads computed is there for the distillers to see
-        parts = {name: getattr(student, name, None) for name in ("roi_heads", "head")}
-        predictor = getattr(parts["roi_heads"], "box_predictor", None)
-        parts["box_predictor"] = predictor[0] if isinstance(predictor, (nn.ModuleList, list)) else predictor
+        heads = getattr(student, "roi_heads", None)
+        predictor = getattr(heads, "box_predictor", None)
+        predictor = predictor[0] if isinstance(predictor, (nn.ModuleList, list)) else predictor
+        parts = {"head": getattr(student, "head", None), "box_predictor": predictor}
         self._taps = {name: FeatureTap(part) for name, part in parts.items() if part is not None}
+        if hasattr(heads, "label_and_sample_proposals"):
+            self._taps["proposals"] = MethodTap(heads, "label_and_sample_proposals", _as_sampled)
         if hasattr(student, "label_anchors"):
             self._taps["label_anchors"] = MethodTap(student, "label_anchors")
         if has_towers(parts["head"]):
@@ -233,6 +237,11 @@ class DistillationModel(Wrapper):
         for key, value in weights.items():  # not load_state_dict, which resets the FrozenBN that it is not given
             own[key].copy_(value)
         logger.info(f"The student inherits {len(weights)} weights from the teacher, under {', '.join(self._inherit)}")
+
+
+def _as_sampled(proposals: Sequence[Instances]) -> list[Instances]:
+    """What the box head is given: with TRAIN_ON_PRED_BOXES Detectron2 later writes the predicted boxes into it."""
+    return [Instances(x.image_size, proposal_boxes=x.proposal_boxes, gt_classes=x.gt_classes) for x in proposals]
 
 
 def _is_half(x: Tensor) -> bool:

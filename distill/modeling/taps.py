@@ -1,6 +1,6 @@
 """What modules are given and return while a detector trains, recorded for the distillers."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -103,15 +103,16 @@ class MethodTap(_Tap):
     Args:
         owner: any module. Its method is replaced by one that does the same.
         name: of the method.
+        keep: makes what is recorded of what the method returned; by default all of it.
     """
 
-    def __init__(self, owner: nn.Module, name: str) -> None:
+    def __init__(self, owner: nn.Module, name: str, keep: Callable[[Any], Any] | None = None) -> None:
         super().__init__()
-        self._owner, self._method = owner, getattr(owner, name)
+        self._owner, self._method, self._keep = owner, getattr(owner, name), keep
         setattr(owner, name, self._call)  # a bound method, so that a copy of the module has a tap of its own
 
     def _call(self, *args: Any) -> Any:
         output = self._method(*args)
         if self._owner.training:
-            self._record = (args[0], output)
+            self._record = (args[0], self._keep(output) if self._keep else output)
         return output

@@ -29,8 +29,9 @@ class DetectorView:
         batched_inputs: the batch, in Detectron2's format.
         compute_features: returns the padded, normalised images and the features by level.
         frozen: whether the detector is a teacher, all of whose results come without gradient.
-        outputs: what modules of the detector returned in this step, by their names ("roi_heads", "box_predictor",
-            "head", "label_anchors"), and what its head's layers were given ("towers", a ``TowerRecord``).
+        outputs: what modules of the detector returned in this step, by their names ("box_predictor", "head",
+            "label_anchors"), the "proposals" that its box head was given, and what its head's layers were ("towers", a
+            ``TowerRecord``).
         scaling: at which size the detector sees the images. Whatever the view shows is in pixels of the whole images.
         levels: the names that the view has for the detector's levels, see :meth:`Scaling.levels`. By default their own.
         dtype: what the detector computes in; None leaves that to autocast outside.
@@ -118,7 +119,7 @@ class DetectorView:
     def proposals(self) -> list[Instances]:
         """The proposals of each image that the student's box head was trained on in this step: ``proposal_boxes``, and
         ``gt_classes`` with the number of classes for background."""
-        own = self._recorded("roi_heads")[0]
+        own = self._recorded("proposals")
         if self._scaling.scale == 1:
             return own
         boxes = [Boxes(x.proposal_boxes.tensor * self._scaling.factor) for x in own]
@@ -245,8 +246,8 @@ class DetectorView:
 
     @property
     def head_levels(self) -> list[str]:
-        """The levels that a dense detector's head stands on, by the view's names."""
-        return [self._levels[own] for own in self._detector.head_in_features]
+        """The levels that a dense detector's head stands on, by the view's names, or its own where it has none."""
+        return [self._levels.get(own, own) for own in self._detector.head_in_features]
 
     def check_towers(self, num_convs: int, channels: int) -> None:
         """Checks that a dense detector's head has two towers that features can be taken from, or sent through.

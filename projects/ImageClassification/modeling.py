@@ -37,7 +37,7 @@ class Classifier(nn.Module):
             raise DistillError(f"timm's {name} does not show its stages: choose another, such as resnet18.")
         self.name = name
         if weights:
-            state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
+            state = _load(weights)
             own = self.state_dict()
             differing = own.keys() ^ state.keys()
             differing = differing or {key for key, value in own.items() if value.shape != state[key].shape}
@@ -65,6 +65,16 @@ class Classifier(nn.Module):
         final, stages = self.network.forward_intermediates(images)
         pooled = self.network.forward_head(final, pre_logits=True)
         return self.network.get_classifier()(pooled), [*stages[-4:], pooled[:, :, None, None]]
+
+
+def _load(path: str) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["model"]
+    except Exception as error:  # missing, damaged, or of another form
+        raise DistillError(
+            f"Cannot read the weights {path!r} ({type(error).__name__}: {error}): expected a checkpoint of train.py, "
+            "such as model_final.pth."
+        ) from error
 
 
 class DistilledClassifier(nn.Module):
@@ -131,6 +141,7 @@ class DistilledClassifier(nn.Module):
         if self.methods:
             with torch.no_grad():
                 target, target_stages = self._teacher[0](images)
+            self._check_stages(stages, target_stages)
         if "review" in self.methods:
             grown = min(1.0, self.iteration / self.warmup_iters) if self.warmup_iters else 1.0
             loss = hierarchical_context_loss(self.review(stages), target_stages)
@@ -142,3 +153,11 @@ class DistilledClassifier(nn.Module):
             losses["loss_dkd"] = self.weights["dkd"] * parts.mean()
         self.iteration += 1
         return losses
+
+    def _check_stages(self, stages: Sequence[Tensor], target_stages: Sequence[Tensor]) -> None:
+        own, theirs = ([tuple(stage.shape[2:]) for stage in side] for side in (stages, target_stages))
+        if self.review is not None and own != theirs:
+            raise DistillError(
+                f"review compares stages of the same sizes: {self.student.name} has {own}, {self._teacher[0].name} "
+                f"{theirs}. Choose networks of the same strides, or other methods."
+            )

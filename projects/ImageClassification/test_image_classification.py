@@ -116,3 +116,14 @@ def test_trains_a_teacher_and_a_student_of_it(tmp_path):
 def test_bad_input_is_refused(build, message):
     with pytest.raises(DistillError, match=message):
         build()
+
+
+def test_weights_that_are_none_and_stages_that_differ_are_refused(tmp_path):
+    with pytest.raises(DistillError, match="Cannot read the weights .*nowhere.pth"):
+        Classifier("test_resnet", 7, weights=str(tmp_path / "nowhere.pth"))
+    torch.save(Classifier("test_resnet", 7).network.state_dict(), tmp_path / "timm.pth")
+    with pytest.raises(DistillError, match="timm.pth.*expected a checkpoint of train.py"):
+        Classifier("test_resnet", 7, weights=str(tmp_path / "timm.pth"))
+    model = DistilledClassifier(Classifier("test_vit", 7), Classifier("test_resnet", 7), ["review"]).train()
+    with pytest.raises(DistillError, match="test_vit has .*, test_resnet "):
+        model(random_batch(size=160))

@@ -77,6 +77,10 @@ def test_other_strides_point_to_aligned_distillation():
         ({"DISTILL.IMPORTS": ["no_such_module"]}, "'no_such_module', which cannot be imported"),
         ({"DISTILL.REVIEW.LEVELS": ["p9"]}, "DISTILL.REVIEW.LEVELS asks for p9"),
         ({"DISTILL.REVIEW.CRITERION": "KL"}, "DISTILL.REVIEW.CRITERION is 'KL': expected 'HCL' or 'SSIM'"),
+        ({"DISTILL.REVIEW.POOL_SIZES": [0, 4, 2, 1]}, r"POOL_SIZES is \[0, 4, 2, 1\]: expected sizes of at least 1"),
+        ({"DISTILL.REVIEW.MID_CHANNELS": 0}, "MID_CHANNELS is 0: expected at least 1"),
+        ({"DISTILL.REVIEW.NORM": "Bn"}, "DISTILL.REVIEW.NORM is 'Bn': expected one of Detectron2's"),
+        ({"DISTILL.REVIEW.NORM": "GN", "DISTILL.REVIEW.MID_CHANNELS": 8}, "'GN' where 32 divides the channels.* 8"),
         ({"DISTILL.REVIEW.DECAY": 1.5}, "ReviewDistiller: DECAY is 1.5, expected the part"),
         (
             {"DISTILL.STRUCTURAL.SCALE": "max"},

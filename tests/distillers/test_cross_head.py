@@ -164,6 +164,7 @@ def test_a_student_that_ran_by_itself_leaves_nothing_behind(tmp_path):
     "overrides, message",
     [
         ({"DISTILL.CROSSKD.NUM_TEACHER_CONVS": 2}, "last 2 convolutions.*the RetinaNet's head has 1"),
+        ({"DISTILL.STUDENT.INPUT_SCALE": 0.5, **SMALL_TEST}, "needs the same"),
         ({"MODEL.RETINANET.IN_FEATURES": ["p3", "p4"], "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32]]}, "needs the same"),
     ],
 )

@@ -117,6 +117,14 @@ def test_one_class_of_a_dense_head_is_refused(tmp_path):
         build_hooks(model)
 
 
+def test_students_that_train_on_predicted_boxes_are_compared_on_what_their_heads_saw(tmp_path):
+    overrides = {"MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": True}
+    model = build_pair(tmp_path, "faster_rcnn", names=["LogitDistiller"], teacher_channels=16, **overrides)
+    model.student.load_state_dict(model.teacher.model.state_dict())
+    model.student.roi_heads.box_predictor.bbox_pred.bias.data.fill_(2.0)  # predicted boxes are far from the proposals
+    assert step(model, random_batch((64, 96), (61, 75)))["loss_logit"] < 1e-5  # both sides are the same
+
+
 @pytest.mark.parametrize(
     "key, value, message",
     [
@@ -156,6 +164,14 @@ def named(tmp_path):
 def test_class_maps(named, pairs, expected):
     named.DISTILL.CLASS_MAP = pairs
     assert build_class_map(named) == expected
+
+
+def test_a_digit_that_is_the_name_of_a_class_is_that_name(named):
+    MetadataCatalog.get("classes_of_the_student").thing_classes[:] = ["1", "2", "0"]
+    named.DISTILL.CLASS_MAP = ["1=1", "2=7"]  # COCO's names are none
+    assert build_class_map(named) == {0: 1, 1: 7}
+    named.DATASETS.TRAIN = ("nowhere",)
+    assert build_class_map(named) == {1: 1, 2: 7}
 
 
 @pytest.mark.parametrize(

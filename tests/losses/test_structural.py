@@ -194,6 +194,18 @@ def test_the_losss_own_backward_pass_is_that_of_its_formula(scale, chunk, monkey
     torch.testing.assert_close(again[0] * 3, got[0])
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_maps_in_another_order_of_memory_have_the_same_loss(scale):
+    x, y = (torch.from_numpy(8 * a) for a in random_maps(1, 3, 14, 20))
+    results = []
+    for order in (torch.contiguous_format, torch.channels_last):  # which Detectron2's FPN has on an MViT
+        own = x.clone(memory_format=order).requires_grad_()
+        loss = structural_loss([own], [y.clone(memory_format=order)], scale)
+        results.append((loss, *torch.autograd.grad(loss, own)))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
 def _names(node):
     """The names of all nodes of a graph."""
     if node is None:
