@@ -4,7 +4,6 @@ import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote
 from xml.etree import ElementTree
 
 from detectron2.config import CfgNode
@@ -117,7 +116,8 @@ class VOCEvaluator(DatasetEvaluator):
     """PASCAL VOC's metric as Detectron2 computes it, on annotations of any tool.
 
     Detectron2's evaluator reads XML files by itself, with whole numbers and plain names. It is given such files, in a
-    folder of its own. A class without an object in the test set has no average precision, as in COCO's metric.
+    folder of its own. A class without an object in the test set has no average precision, as in COCO's metric; objects
+    that are difficult, or crowds, are not looked for.
 
     Args:
         name: a registered dataset.
@@ -130,10 +130,12 @@ class VOCEvaluator(DatasetEvaluator):
             records = read_voc(name, meta.dirname, meta.split, meta.thing_classes).records
         else:
             records = DatasetCatalog.get(name)
-        present = {a["category_id"] for record in records for a in record["annotations"]}
+        present = {a["category_id"] for record in records for a in record["annotations"] if not _is_difficult(a)}
         self._classes = {number: index for index, number in enumerate(sorted(present))}
-        names = [quote(meta.thing_classes[number], safe=" ,:") for number in self._classes]
-        _write_voc(Path(self._folder.name), records, names, self._classes)
+        # images and classes are numbers there: names may have what it splits lines at, and be too long for a file's
+        self._images = {str(record["image_id"]): str(index) for index, record in enumerate(records)}
+        names = [str(index) for index in self._classes.values()]
+        _write_voc(Path(self._folder.name), records, self._classes)
         plain = f"{name} (as VOC)"
         MetadataCatalog.get(plain).set(
             dirname=self._folder.name, split="test", year=meta.get("year", 2012), thing_classes=names
@@ -149,33 +151,34 @@ class VOCEvaluator(DatasetEvaluator):
             found = y["instances"].to("cpu")
             found = found[[number in self._classes for number in found.pred_classes.tolist()]]
             found.pred_classes = found.pred_classes.new_tensor([self._classes[n] for n in found.pred_classes.tolist()])
-            self._evaluator.process([{**x, "image_id": _plain(x["image_id"])}], [{"instances": found}])
+            image_id = self._images[str(x["image_id"])]
+            self._evaluator.process([{**x, "image_id": image_id}], [{"instances": found}])
 
     def evaluate(self) -> dict | None:
         return self._evaluator.evaluate()
 
 
-def _plain(image_id: str | int) -> str:
-    """An image's name without the spaces that the evaluator splits lines at."""
-    return quote(str(image_id), safe="")
+def _is_difficult(annotation: dict) -> bool:
+    return bool(annotation.get("difficult") or annotation.get("iscrowd"))
 
 
-def _write_voc(folder: Path, records: list[dict], names: list[str], numbers: dict[int, int]) -> None:
+def _write_voc(folder: Path, records: list[dict], classes: dict[int, int]) -> None:
+    """Images and classes under their numbers, of the classes those that are given."""
     (folder / "Annotations").mkdir()
     (folder / "ImageSets" / "Main").mkdir(parents=True)
-    ids = [_plain(record["image_id"]) for record in records]
-    (folder / "ImageSets" / "Main" / "test.txt").write_text("".join(f"{image_id}\n" for image_id in ids))
-    for image_id, record in zip(ids, records):
+    (folder / "ImageSets" / "Main" / "test.txt").write_text("".join(f"{index}\n" for index in range(len(records))))
+    for index, record in enumerate(records):
         tree = ElementTree.Element("annotation")
         for annotation in record["annotations"]:
+            if annotation["category_id"] not in classes:
+                continue
             node = ElementTree.SubElement(tree, "object")
-            is_difficult = annotation.get("difficult") or annotation.get("iscrowd")
             x0, y0, x1, y1 = annotation["bbox"]
-            texts = {"name": names[numbers[annotation["category_id"]]], "pose": "", "truncated": 0}
-            for key, value in {**texts, "difficult": int(bool(is_difficult))}.items():
+            texts = {"name": classes[annotation["category_id"]], "pose": "", "truncated": 0}
+            for key, value in {**texts, "difficult": int(_is_difficult(annotation))}.items():
                 ElementTree.SubElement(node, key).text = str(value)
             box = ElementTree.SubElement(node, "bndbox")
             corners = {"xmin": x0 + 1, "ymin": y0 + 1, "xmax": x1, "ymax": y1}
             for key, value in corners.items():
                 ElementTree.SubElement(box, key).text = str(round(value))
-        ElementTree.ElementTree(tree).write(folder / "Annotations" / f"{image_id}.xml")
+        ElementTree.ElementTree(tree).write(folder / "Annotations" / f"{index}.xml")

@@ -43,8 +43,25 @@ def true_boxes(record: dict) -> tuple[np.ndarray, list[int]]:
         Boxes ``[N, 4]`` as x0, y0, x1, y1, and their classes.
     """
     kept = [x for x in record.get("annotations", []) if not (x.get("iscrowd") or x.get("difficult"))]
-    boxes = [BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS) for x in kept]
-    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4), [x["category_id"] for x in kept]
+    return _boxes(kept), [x["category_id"] for x in kept]
+
+
+def ignored_boxes(record: dict) -> tuple[np.ndarray, list[int], list[bool]]:
+    """What :func:`true_boxes` leaves out, since no metric counts its detections.
+
+    Args:
+        record: in Detectron2's dataset format.
+
+    Returns:
+        Boxes ``[N, 4]`` as x0, y0, x1, y1, their classes, and whether each is a crowd.
+    """
+    left_out = [x for x in record.get("annotations", []) if x.get("iscrowd") or x.get("difficult")]
+    return _boxes(left_out), [x["category_id"] for x in left_out], [bool(x.get("iscrowd")) for x in left_out]
+
+
+def _boxes(annotations: Sequence[dict]) -> np.ndarray:
+    boxes = [BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
+    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
 
 
 def label(names: Sequence[str], number: int, score: float | None = None) -> str:

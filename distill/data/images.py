@@ -6,7 +6,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -60,12 +60,27 @@ def read_header(file: str) -> Header:
     try:
         with Image.open(file) as image:
             fault = "" if _is_complete(file, image) else "image cut off"
-            orientation = 1 if fault else image.getexif().get(_ORIENTATION, 1)  # a PNG is decoded for it
+            orientation = _orientation_of_cut(file) if fault else image.getexif().get(_ORIENTATION, 1)
             orientation = orientation if orientation in range(1, 9) else 1
             needs = "16 bits" if image.mode.startswith("I") else "transparency" if _is_transparent(image) else ""
             return Header(*image.size, orientation, needs, fault)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return Header(fault="image unreadable")
+
+
+def _orientation_of_cut(file: str) -> int:
+    with _opened_as_far_as_it_goes(file) as image:
+        return image.getexif().get(_ORIENTATION, 1)  # a PNG is decoded for it
+
+
+@contextlib.contextmanager
+def _opened_as_far_as_it_goes(file: str) -> Iterator[Image.Image]:
+    with _lock, Image.open(file) as image:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+        try:
+            yield image
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _is_transparent(image: Image.Image) -> bool:
@@ -166,12 +181,8 @@ class SeenImageHandler(PathHandler):
         return path.removeprefix(SEEN)
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
-        with _lock, Image.open(path.removeprefix(SEEN)) as image:
-            before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
-            try:
-                seen = _to_8_bits(ImageOps.exif_transpose(image))
-            finally:
-                ImageFile.LOAD_TRUNCATED_IMAGES = before
+        with _opened_as_far_as_it_goes(path.removeprefix(SEEN)) as image:
+            seen = _to_8_bits(ImageOps.exif_transpose(image))
         stream = io.BytesIO()
         seen.save(stream, "PNG", compress_level=0)
         stream.seek(0)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from PIL.Image import DecompressionBombError
+
 from ..errors import DistillError
 
 
@@ -22,7 +24,7 @@ class CheckedMapper:
         """
         try:
             return self.mapper(dataset_dict)
-        except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three, without the file's name
+        except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:  # PIL's, without the file's name
             if "mask_format" in str(error):
                 raise DistillError(
                     f"Cannot use the masks of {dataset_dict.get('file_name')!r}: {error} If they are run-length "

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from detectron2.export import TracingAdapter
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch import dense_detector
 from detectron2.modeling.roi_heads import cascade_rcnn
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def raw_outputs(model: nn.Module, inputs: list[dict]) -> dict[str, Tensor]:
     Raises:
         DistillError: the detector returns anything else.
     """
-    if isinstance(model, GeneralizedRCNN):
+    if isinstance(model, GeneralizedRCNN) and not isinstance(model, PanopticFPN):  # which returns more
         found = model.inference(inputs, do_postprocess=False)[0].get_fields()
     else:
         output = model(inputs)[0]

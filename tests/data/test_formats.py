@@ -200,19 +200,20 @@ def test_without_a_size_the_images_is_taken(tmp_path):
     assert (record["width"], record["height"]) == (W, H)
 
 
-AWKWARD = ["a, b", "a:b", "a/b", "a b"]
+AWKWARD = ["a, b", "a:b", "a/b", "a b", 100 * "細胞"]
 
 
 @pytest.mark.parametrize("name", AWKWARD)
 def test_vocs_metric_on_awkward_names_decimals_and_one_image(tmp_path, name, unregister):  # noqa: F811
-    write_flat_voc(tmp_path, ["one photo"], name=name, box=(5.0, 7.4, 20.2, 16.0))
+    stem = 40 * "写真" + " 1"
+    write_flat_voc(tmp_path, [stem], name=name, box=(5.0, 7.4, 20.2, 16.0))
     register_datasets([f"v=voc:{tmp_path}:all"])
     assert MetadataCatalog.get("v").thing_classes == [name]
     (record,) = DatasetCatalog.get("v")
-    before = (tmp_path / "one photo.xml").read_text()
+    before = (tmp_path / f"{stem}.xml").read_text()
     assert evaluate_voc("v", [record], [[BOX]])["AP"] == pytest.approx(100)
     assert evaluate_voc("v", [record], [[[0.0, 0.0, 2.0, 2.0]]])["AP"] == 0
-    assert (tmp_path / "one photo.xml").read_text() == before
+    assert (tmp_path / f"{stem}.xml").read_text() == before
 
 
 def evaluate_voc(name, records, boxes, classes=None):
@@ -233,6 +234,18 @@ def test_a_class_that_the_test_set_lacks_counts_not(tmp_path, unregister):  # no
     records = DatasetCatalog.get("v")
     assert evaluate_voc("v", records, [[BOX, BOX], [BOX]], [[1, 0], [1]])["AP"] == pytest.approx(100)
     assert evaluate_voc("v", records, [[BOX], []], [[1], []])["AP"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("found", [[], [1]])
+def test_difficult_objects_are_not_looked_for(tmp_path, found, unregister):  # noqa: F811
+    write_flat_voc(tmp_path, ["a"], name="ant")
+    path = tmp_path / "a.xml"
+    other = xml(name="bee", more="<difficult>1</difficult>", size=None).removeprefix("<annotation>")
+    path.write_text(path.read_text().replace("</annotation>", other))
+    register_datasets([f"v=voc:{tmp_path}:all"])
+    assert MetadataCatalog.get("v").thing_classes == ["ant", "bee"]
+    result = evaluate_voc("v", DatasetCatalog.get("v"), [[BOX] * (1 + len(found))], [[0, *found]])
+    assert result["AP"] == pytest.approx(100)
 
 
 def test_cvats_folders_below_the_layouts(tmp_path):

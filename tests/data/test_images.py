@@ -49,6 +49,21 @@ def test_faulty_images_are_counted_skipped_or_loaded(tmp_path):
         check_source("x", read(), "skip")
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_cut_image_is_turned_as_well(tmp_path, orientation, ending):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"a.{ending}"
+    Image.fromarray(np.random.default_rng().integers(0, 256, (H, W, 3), np.uint8)).save(file, exif=exif)
+    complete = read_header(str(file))
+    cut(file, 600)
+    header = read_header(str(file))
+    assert header == complete._replace(fault="image cut off") and header.orientation == orientation
+    pixels = read_image(f"seen://{file}", "RGB")
+    assert (pixels.shape[1], pixels.shape[0]) == header.seen_size
+
+
 def test_a_file_with_more_behind_its_image_is_complete(tmp_path):
     draw(tmp_path / "a.jpg")
     with (tmp_path / "a.jpg").open("ab") as stream:

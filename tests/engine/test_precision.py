@@ -48,6 +48,7 @@ class OneBatchTrainer(Trainer):
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_trains_in_bfloat16_on_the_cpu(tmp_path, kind):
     settings = {"OUTPUT_DIR": str(tmp_path / "out"), "SOLVER.MAX_ITER": 3, "SOLVER.BASE_LR": 1e-3}
+    settings["SOLVER.WARMUP_ITERS"] = 0
     more = {"DISTILL.DISTILLERS": ["ReviewDistiller", "StructuralDistiller"], "DISTILL.BALANCE": 0.5}
     teacher = write_teacher(tmp_path, detector_cfg(kind, channels=32))
     cfg = distillation_cfg(detector_cfg(kind, **settings, **AMP), teacher, **more)
@@ -63,7 +64,8 @@ def test_trains_in_bfloat16_on_the_cpu(tmp_path, kind):
     assert set(seen) == {torch.bfloat16} and len(seen) == 6
     after = dict(trainer.model.named_parameters())
     assert all(value.dtype == torch.float32 for value in after.values())
-    assert not [key for key, p in after.items() if p.requires_grad and torch.equal(p, before[key]) and p.grad is None]
+    # of layers; a norm's weights near 1 may take steps that float32 rounds away
+    assert not [key for key, p in after.items() if p.requires_grad and p.dim() > 1 and torch.equal(p, before[key])]
     resumed = OneBatchTrainer(cfg)
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == 3
@@ -107,11 +109,10 @@ def test_a_float16_training_keeps_its_scale(tmp_path):
 
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    own = StepTrainer(model, [], optimizer, torch.device("cuda"), torch.float16)
+    own = StepTrainer(model, [], optimizer, torch.device("cpu"), torch.float16)
     state = {**own.state_dict(), "iteration": 7, "grad_scaler": {**_scaler_state(), "scale": 128.0}}
-    if own.grad_scaler.is_enabled():
-        own.load_state_dict(state)
-        assert own.grad_scaler.get_scale() == 128.0
+    own.load_state_dict(state)
+    assert own.grad_scaler.get_scale() == own.state_dict()["grad_scaler"]["scale"] == 128.0
     assert own.state_dict().keys() == AMPTrainer(model, [], optimizer).state_dict().keys()
     cpu = StepTrainer(model, [], optimizer, torch.device("cpu"), torch.bfloat16)
     assert not cpu.grad_scaler.is_enabled()

@@ -17,11 +17,10 @@ from distill.export import (
     load_deployed,
     output_names,
     pad_image,
-    raw_outputs,
 )
 from distill.export import deployed as deployed_module
 from distill.export.tracing import write_onnx, write_torchscript
-from tests.helpers import DETECTORS, NUM_CLASSES, detector_cfg
+from tests.helpers import DETECTORS, detector_cfg
 
 FORMATS = {"ts": write_torchscript, "onnx": write_onnx}
 THRESHOLDS = {
@@ -155,6 +154,20 @@ def test_an_image_without_detections(tmp_path, suffix):
     assert len(found) == 0 and found.pred_masks.shape == (0, 32, 48)
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_image_with_detections_after_a_traced_one_without_and_the_reverse(tmp_path, suffix):
+    model = finding_detector("mask_rcnn")
+    images = [image_of(64, 64), torch.full((3, 64, 64), 128, dtype=torch.uint8)]
+    highest = [model([{"image": image}])[0]["instances"].scores.max().item() for image in images]
+    model.roi_heads.box_predictor.test_score_thresh = sum(highest) / 2  # one of them has detections
+    for traced in images:
+        metadata = describe_file(output_names(model, traced))
+        FORMATS[suffix](model, pad_image(traced, metadata), tmp_path / f"model.{suffix}", metadata)
+        detector = load_deployed(tmp_path / f"model.{suffix}")
+        found = [assert_same(model, detector, {"image": image}, exactly=suffix == "ts") for image in images]
+        assert min(found) == 0 < max(found)
+
+
 def test_a_mask_that_ends_in_the_padding_is_not_squeezed():
     grid = torch.zeros(1, 1, 28, 28)
     grid[..., :14] = 1
@@ -229,14 +242,10 @@ def test_files_that_cannot_be_loaded(tmp_path, monkeypatch, models):
         write_onnx(models["retinanet"], image_of(64, 64), tmp_path / "x.onnx", describe_file([]))
 
 
-class Panoptic(torch.nn.Module):
-    def forward(self, inputs):
-        return [{"sem_seg": torch.zeros(NUM_CLASSES, 8, 8), "panoptic_seg": None}]
-
-
 def test_what_cannot_be_exported(tmp_path, models):
-    with pytest.raises(DistillError, match="A Panoptic that returns panoptic_seg, sem_seg cannot be exported"):
-        raw_outputs(Panoptic(), [{"image": image_of(8, 8)}])
+    panoptic = build_model(detector_cfg("mask_rcnn", **{"MODEL.META_ARCHITECTURE": "PanopticFPN"})).eval()
+    with pytest.raises(DistillError, match="A PanopticFPN that returns .*panoptic_seg, sem_seg cannot be exported"):
+        output_names(panoptic, image_of(64, 64))
 
     class Untraceable(torch.nn.Module):
         def forward(self, inputs):

@@ -4,6 +4,7 @@ import math
 import re
 
 import numpy as np
+from detectron2.structures import BoxMode
 
 
 def literal_differences(first, second):
@@ -54,6 +55,30 @@ def test_a_box_takes_the_free_one_of_its_class_that_overlaps_most(tools):
     first = pictures.Found(np.array([[0, 0, 10, 10], [0, 0, 10, 9.0]]), [1, 1], [0.5, 0.9])
     second = pictures.Found(np.array([[0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 9.0]]), [1, 1, 0])
     assert pictures.match(first, second) == {1: 0, 0: 1}  # the surer one first: IoU 0.9 and 0.89
+
+
+def test_detections_that_no_metric_counts_are_left_out(tools):
+    pictures = tools["pictures"]
+    objects = {
+        "true": ([0, 0, 10, 10], 0, {}),
+        "difficult": ([20, 0, 30, 10], 0, {"difficult": 1}),
+        "crowd": ([40, 0, 80, 40], 1, {"iscrowd": 1}),
+    }
+    record = {
+        "annotations": [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": number, **more}
+            for box, number, more in objects.values()
+        ]
+    }
+    boxes = [[0, 0, 10, 10], [20, 0, 30, 9], [20, 0, 30, 9], [45, 5, 50, 10], [38, 0, 41, 3], [60, 60, 70, 70]]
+    classes, scores = [0, 0, 1, 1, 1, 0], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    found = pictures.Found(np.array(boxes, dtype=float), classes, scores)
+    truth = pictures.Found(*pictures.true_boxes(record))
+    kept = pictures.without_ignored(found, truth, record)
+    assert kept.scores == [0.9, 0.7, 0.5, 0.4] and kept.classes == [0, 1, 1, 0]  # neither its class, nor within
+    assert kept.boxes.tolist() == [boxes[i] for i in (0, 2, 4, 5)]
+    record["annotations"].append({**record["annotations"][0], "difficult": 1})  # on the one that is looked for
+    assert pictures.without_ignored(found, truth, record).scores == kept.scores
 
 
 def test_records_of_several_runs_in_one_file(tools):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, pairwise_iou
-from drawing import draw_boxes, label, true_boxes
+from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
+from drawing import draw_boxes, ignored_boxes, label, true_boxes
 from markupsafe import Markup
 from PIL import Image
 from torch import nn
@@ -82,6 +82,30 @@ def match(first: Found, second: Found) -> dict[int, int]:
         if free:
             pairs[i] = max(free, key=lambda j: overlaps[i][j])
     return pairs
+
+
+def without_ignored(found: Found, truth: Found, record: dict) -> Found:
+    """Leaves out what no metric counts: detections of difficult objects, and those within crowds.
+
+    Args:
+        found: detections.
+        truth: what they are compared with first.
+        record: the image, in Detectron2's dataset format.
+
+    Returns:
+        The others.
+    """
+    boxes, classes, are_crowds = ignored_boxes(record)
+    if not classes or not found.classes:
+        return found
+    theirs, own = (Boxes(torch.as_tensor(x, dtype=torch.float32)) for x in (boxes, found.boxes))
+    overlaps = torch.where(torch.tensor(are_crowds)[:, None], pairwise_ioa(theirs, own), pairwise_iou(theirs, own))
+    same = torch.tensor(classes)[:, None] == torch.tensor(found.classes)
+    is_ignored = ((overlaps >= IOU) & same).any(0)
+    hits = match(found, truth)
+    kept = [i for i in range(len(found.classes)) if i in hits or not is_ignored[i]]
+    scores = None if found.scores is None else [found.scores[i] for i in kept]
+    return Found(found.boxes[kept], [found.classes[i] for i in kept], scores)
 
 
 def count_differences(first: Found, second: Found) -> int:
@@ -222,6 +246,8 @@ def show_examples(
         mapper, numbers = teacher_mapper(run.recipe, recipe), class_numbers(run, recipe)
         detections["teacher"] = detect(model, mapper, records, min_score, "teacher", numbers)
     detections[run.name] = detect(student, run.recipe.build_mapper(), records, min_score, run.name)
+    for name, found in detections.items():
+        detections[name] = [without_ignored(*items) for items in zip(found, truths, records)]
     reference = detections["teacher"] if teacher is not None else truths
     names = MetadataCatalog.get(run.cfg.DATASETS.TEST[0]).get("thing_classes", [])
     examples = []
