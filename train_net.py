@@ -85,6 +85,12 @@ def setup(args: Namespace) -> Recipe:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     if on_cpu:
         logger.info("No CUDA GPU is available: running on the CPU.")
+    elif cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available():  # a run that began without a GPU says so
+        logger.warning("MODEL.DEVICE is cpu, though there is a CUDA GPU: add MODEL.DEVICE cuda to use it.")
+    if cfg.TEST.AUG.ENABLED:
+        logger.warning(
+            "TEST.AUG.ENABLED has no effect here: evaluate the exported student by Detectron2's tools/train_net.py."
+        )
     return recipe
 
 

@@ -65,9 +65,11 @@ def read_metrics(folder):
 
 def test_distil_a_plain_config_and_start_again_from_what_it_wrote(tmp_path):
     arguments = write_pair(tmp_path)
-    result = run_script("train_net.py", *arguments, "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True")
+    settings = ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True", "TEST.AUG.ENABLED", "True"]
+    result = run_script("train_net.py", *arguments, *settings)
     assert result.returncode == 0, result.stderr[-3000:]
     log = (tmp_path / "out" / "log.txt").read_text()
+    assert "TEST.AUG.ENABLED has no effect here" in log
     assert "No CUDA GPU is available: running on the CPU." in log and "Mixed precision: torch.bfloat16 on cpu" in log
     for line in ("Student: GeneralizedRCNN, ", "Teacher: GeneralizedRCNN, ", "| ReviewDistiller "):
         assert line in log

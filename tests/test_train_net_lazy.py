@@ -40,6 +40,17 @@ def teacher_arguments(folder, **settings):
     return [x for pair in zip(names, values) for x in pair]
 
 
+@pytest.mark.parametrize("is_source", [True, False])
+def test_a_config_that_is_no_record_is_not_overwritten(tmp_path, is_source):
+    source = write_student(tmp_path, more=f"train.output_dir = {str(tmp_path / 'lazy')!r}\n")
+    own = tmp_path / "lazy" / "config.py"
+    own.write_text((tmp_path / "lazy" / "mask_rcnn.py").read_text() if is_source else "mine = 1\n")
+    before = own.read_text()
+    result = run_script("train_net.py", "--config-file", str(own) if is_source else source)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "config.py' is not of an earlier run" in result.stderr and own.read_text() == before
+
+
 @pytest.mark.parametrize("name", ["mask_rcnn", "fcos"])
 def test_distil_and_start_again_from_what_it_wrote(tmp_path, name):
     teacher = teacher_arguments(tmp_path, kind=name if name == "mask_rcnn" else "retinanet")

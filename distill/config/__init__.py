@@ -2,7 +2,7 @@
 
 from .checks import auto_scale_workers, check_output_dir, check_solver, records_kept
 from .defaults import add_distill_config, add_weight_config
-from .lazy import forget_record, load_lazy_config, override, write_record
+from .lazy import check_record, forget_record, load_lazy_config, override, write_record
 from .loading import (
     CLASS_NODES,
     detector_config,
@@ -24,6 +24,7 @@ __all__ = [
     "add_weight_config",
     "auto_scale_workers",
     "check_output_dir",
+    "check_record",
     "check_solver",
     "detector_config",
     "drop_backbone_weights",

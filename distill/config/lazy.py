@@ -105,6 +105,26 @@ def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False)
     os.replace(f"{path}.tmp", path)
 
 
+def check_record(path: str) -> None:
+    """
+    Args:
+        path: where :func:`write_record` is to write.
+
+    Raises:
+        DistillError: there is a file which it has not written.
+    """
+    if os.path.isfile(path) and not _is_record(path):
+        raise DistillError(
+            f"{path!r} is not of an earlier run, and this one would write its own config there: give another "
+            "train.output_dir, or rename that file."
+        )
+
+
+def _is_record(path: str) -> bool:
+    with open(path, errors="replace") as f:
+        return f.read(len(_RECORD)) == _RECORD
+
+
 def forget_record(folder: str) -> None:
     """Renames the record of an earlier run to ``previous_config.py``.
 
@@ -112,9 +132,5 @@ def forget_record(folder: str) -> None:
         folder: OUTPUT_DIR. A ``config.py`` there that is no record stays.
     """
     path = os.path.join(folder, "config.py")
-    if not os.path.isfile(path):
-        return
-    with open(path) as f:
-        is_record = f.read(len(_RECORD)) == _RECORD
-    if is_record:
+    if os.path.isfile(path) and _is_record(path):
         os.replace(path, os.path.join(folder, "previous_config.py"))

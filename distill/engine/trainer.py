@@ -23,7 +23,7 @@ from ..modeling import DistillationModel
 from ..modeling.backbones import freeze_unused_levels
 from ..modeling.checkpoint import describe_weights
 from ..modeling.precision import amp_dtype, keep_coordinates
-from ..modeling.timm_weights import check_backbone
+from ..modeling.timm_weights import check_backbone, warn_of_other_images
 from ..recipes import Recipe, as_recipe
 from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
 from .hooks import BestCheckpoint, CheckGradients, DrawDenseDetections
@@ -187,6 +187,8 @@ class Trainer(TrainerBase):
         self._began = 0.0 if last else self._began
         check_alike(self.start_iter, "The processes would start at different iterations", self.cfg.OUTPUT_DIR)
         model = self._unwrapped_model()
+        if not last:
+            warn_of_other_images(model, path, self.cfg.INPUT.FORMAT)
         if not last and isinstance(model, DistillationModel):
             model.start()
 

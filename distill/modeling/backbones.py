@@ -73,21 +73,25 @@ def freeze_unused_levels(detector: nn.Module, compared: Sequence[str] = ()) -> N
     may be finer than the heads' levels. A weight without gradient is an error on several GPUs.
 
     Args:
-        detector: any; nothing is done to one with another kind of backbone.
+        detector: any; nothing is done to one with another kind of backbone, or whose heads do not name their levels.
         compared: levels that are used, besides those of the detector's heads.
     """
     whole = getattr(detector, "backbone", None)
     backbone = getattr(whole, "fpn", whole)
     top = getattr(backbone, "top_block", None)
-    used = [*compared, *getattr(detector, "head_in_features", [])]
+    used = list(getattr(detector, "head_in_features", []))
     for part in ("proposal_generator", "roi_heads", "sem_seg_head"):
-        used += getattr(getattr(detector, part, None), "in_features", [])
-    if used and isinstance(whole, FPN):  # an AlignedBackbone's half-size image takes the finest, too
+        for name in ("in_features", "mask_in_features", "keypoint_in_features"):
+            used += getattr(getattr(detector, part, None), name, None) or []
+    if not used:  # who knows what another kind of detector takes
+        return
+    used += compared
+    if isinstance(whole, FPN):  # an AlignedBackbone's half-size image takes the finest, too
         for level in itertools.takewhile(lambda level: level not in used, backbone.output_shape()):
             for part in ("lateral", "output"):
                 if (conv := getattr(backbone, f"fpn_{part}{level[1:]}", None)) is not None:  # not of p6
                     conv.requires_grad_(False)
-    if used and isinstance(top, LastLevelP6P7):
+    if isinstance(top, LastLevelP6P7):
         *_, p6, p7 = backbone.output_shape()
         if p7 not in used:
             top.p7.requires_grad_(False)

@@ -18,7 +18,7 @@ from ..errors import DistillError
 from .backbones import freeze_unused_levels
 from .checkpoint import describe_weights
 from .dense_heads import has_towers
-from .inherit import inheritable_weights
+from .inherit import inheritable_weights, warn_of_other_anchors
 from .loss_weights import LossWeights
 from .precision import autocast, autocast_dtype
 from .scaling import Scaling, build_scaling
@@ -233,6 +233,8 @@ class DistillationModel(Wrapper):
         weights = self._inheritable_weights()
         if not weights:
             return
+        if self._scaling.scale == 1:  # or the anchors were checked
+            warn_of_other_anchors(self.student, self.teacher.model, list(weights))
         own = self.student.state_dict()
         for key, value in weights.items():  # not load_state_dict, which resets the FrozenBN that it is not given
             own[key].copy_(value)

@@ -1,11 +1,14 @@
 """Which weights a student can take over from its teacher."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
+
+logger = logging.getLogger(__name__)
 
 
 def inheritable_weights(
@@ -59,6 +62,27 @@ def inheritable_weights(
     return {key: given[key] for key in wanted}
 
 
+def warn_of_other_anchors(student: nn.Module, teacher: nn.Module, keys: Sequence[str]) -> None:
+    """Warns where a head is inherited whose anchors are not the teacher's, though it fits.
+
+    Args:
+        student: which sees the images as large as the teacher does.
+        teacher: the teacher.
+        keys: of the weights.
+    """
+    sides = _anchor_generators(student, teacher, keys)
+    if not sides:
+        return
+    own, given = ([x.cpu() for x in side.cell_anchors] for side in sides)
+    is_same = list(sides[0].strides) == list(sides[1].strides) and len(own) == len(given)
+    if not (is_same and all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-2) for x, y in zip(own, given))):
+        logger.warning(
+            "DISTILL.STUDENT.INHERIT names a head that the teacher trained for anchors of other sizes or strides: its "
+            "outputs mean other boxes here. Give the student the teacher's anchors (MODEL.ANCHOR_GENERATOR, and "
+            "IN_FEATURES of its heads), or leave the head out."
+        )
+
+
 def _check_images(student: nn.Module, teacher: nn.Module, flip_channels: bool) -> None:
     """Refuses a first convolution that would see other images than it learned from."""
     problems = ["one side's are RGB and the other's BGR"] if flip_channels else []
@@ -75,10 +99,19 @@ def _check_images(student: nn.Module, teacher: nn.Module, flip_channels: bool) -
         )
 
 
-def _check_anchors(student: nn.Module, teacher: nn.Module, keys: Sequence[str], scale: float) -> None:
+def _anchor_generators(student: nn.Module, teacher: nn.Module, keys: Sequence[str]) -> list[nn.Module]:
+    """Both sides', where weights are inherited that learned their anchors."""
     if not any(key.startswith(("head.", "proposal_generator.")) for key in keys):
+        return []
+    heads = [getattr(side, "proposal_generator", side) for side in (student, teacher)]
+    found = [head.anchor_generator for head in heads if hasattr(head, "anchor_generator")]
+    return found if len(found) == 2 else []
+
+
+def _check_anchors(student: nn.Module, teacher: nn.Module, keys: Sequence[str], scale: float) -> None:
+    sides = _anchor_generators(student, teacher, keys)
+    if not sides:
         return
-    sides = [getattr(side, "proposal_generator", side).anchor_generator for side in (student, teacher)]
     strides = [[round(stride / scale) for stride in sides[0].strides], list(sides[1].strides)]
     if strides[0] != strides[1]:
         raise DistillError(

@@ -34,9 +34,12 @@ class TimmBackbone(Backbone):
         out_indices: which of its stages, finest first, by timm's numbers; those of stride 4, 8, 16 and 32
             by default. Their strides must double from one to the next.
         norm: what its batch norms are: "BN", "FrozenBN", "SyncBN" or "GN". Other norms stay as they are.
-        weights: see :func:`read_weights`.
+        weights: see :func:`read_weights`; or one of timm's tags.
         freeze_at: as MODEL.BACKBONE.FREEZE_AT of Detectron2's ResNet: 0 freezes nothing, 1 the first convolution
             and its norm, k all up to the (k - 1)th of the stages. Their batch norms become FrozenBN.
+
+    Attributes:
+        pretrained: timm's name of the weights that it starts from; empty for a file's, or none.
 
     Raises:
         DistillError: no such network, stages or weights, the strides do not double, or it takes images of one size.
@@ -54,6 +57,7 @@ class TimmBackbone(Backbone):
         if norm not in _NORMS:
             raise DistillError(f"MODEL.TIMM.NORM is {norm!r}: expected one of {', '.join(_NORMS)}.")
         network = _build_features(name, out_indices, weights)
+        self.pretrained = _tagged(name, weights) if weights and not _is_file(weights) else ""
         self._is_nhwc = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
         info = network.feature_info
         self.strides: list[int] = list(info.reduction())
@@ -170,7 +174,7 @@ def _build_features(name: str, out_indices: Sequence[int], weights: str) -> nn.M
         )
     if not weights:
         return _stages(name, out_indices=indices)
-    if os.path.isfile(weights) or weights.startswith(_PACKAGE):
+    if _is_file(weights):
         # checked against the whole network, which timm's stages are then cut out of
         state = read_weights(weights, name)
         whole = _create(name)
@@ -179,7 +183,7 @@ def _build_features(name: str, out_indices: Sequence[int], weights: str) -> nn.M
         except RuntimeError as error:
             raise DistillError(f"MODEL.TIMM.WEIGHTS: {weights!r} does not fit {name}: {error}") from error
         return _cut(whole, name, indices)
-    tagged = f"{name.partition('.')[0]}.{weights}"
+    tagged = _tagged(name, weights)
     try:
         return _create(tagged, features_only=True, out_indices=indices, pretrained=True)
     except Exception as error:  # a wrong tag, a failed download
@@ -189,6 +193,14 @@ def _build_features(name: str, out_indices: Sequence[int], weights: str) -> nn.M
             f"dict, one of timm's tags ({tags}; needs a "
             "network unless it is cached), 'package:NAME' of an installed package, or ''."
         ) from error
+
+
+def _is_file(weights: str) -> bool:
+    return os.path.isfile(weights) or weights.startswith(_PACKAGE)
+
+
+def _tagged(name: str, tag: str) -> str:
+    return f"{name.partition('.')[0]}.{tag}"
 
 
 def _cut(whole: nn.Module, name: str, indices: Sequence[int]) -> nn.Module:

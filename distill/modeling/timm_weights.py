@@ -1,11 +1,13 @@
 """ImageNet weights of timm's and torchvision's ResNets for Detectron2's own ResNet: ``MODEL.WEIGHTS: timm://NAME``."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping
 from typing import IO, Any
 
 import timm
+import timm.models
 import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils.file_io import PathManager
@@ -14,6 +16,8 @@ from iopath.common.file_io import PathHandler
 from torch import Tensor, nn
 
 from ..errors import DistillError
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "timm://"
 _COUNTER = ".num_batches_tracked"
@@ -123,3 +127,31 @@ def check_backbone(model: nn.Module, path: str) -> None:
             "MODEL.RESNETS.STRIDE_IN_1X1 False. Their images are RGB (INPUT.FORMAT), of PIXEL_MEAN [123.675, 116.28, "
             "103.53] and PIXEL_STD [58.395, 57.12, 57.375]."
         )
+
+
+def warn_of_other_images(detector: nn.Module, path: str, image_format: str) -> None:
+    """Warns where ImageNet weights of timm's would see images of another kind than they learned from.
+
+    Args:
+        detector: on a network of timm's, or on Detectron2's ResNet, which is to be filled from ``path``.
+        path: MODEL.WEIGHTS, which replaces all others.
+        image_format: INPUT.FORMAT.
+    """
+    if path:
+        name = path.removeprefix(PREFIX) if path.startswith(PREFIX) else ""
+    else:
+        name = getattr(getattr(getattr(detector, "backbone", None), "bottom_up", None), "pretrained", "")
+    given = timm.models.get_pretrained_cfg(name) if name else None
+    if given is None:
+        return
+    problems = [] if image_format == "RGB" else [f"INPUT.FORMAT is {image_format}, expected RGB"]
+    for key, own, shares in (
+        ("MODEL.PIXEL_MEAN", detector.pixel_mean, given.mean),
+        ("MODEL.PIXEL_STD", detector.pixel_std, given.std),
+    ):
+        own, expected = own.flatten().tolist(), [255 * share for share in shares]
+        if any(abs(x - y) > 3 for x, y in zip(own, expected)):
+            texts = [[round(value, 3) for value in side] for side in (own, expected)]
+            problems.append(f"{key} is {texts[0]}, expected {texts[1]}")
+    if problems:
+        logger.warning(f"The weights of {name} learned from other images than they will see: {'; '.join(problems)}.")

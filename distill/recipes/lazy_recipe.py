@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from ..config import load_lazy_config, override, resolve_config_file, write_record
+from ..config import check_record, load_lazy_config, override, resolve_config_file, write_record
 from ..data import CheckedMapper
 from ..errors import DistillError
 from ..evaluation import forget_cached
@@ -74,11 +74,12 @@ class LazyRecipe(Recipe):
 
     def setup(self, args: Namespace) -> None:
         """Detectron2's, which writes the config as text; and a Python config that starts the run again."""
+        record = os.path.join(self.cfg.OUTPUT_DIR, "config.py")
+        check_record(record)
         with _silenced("detectron2.config.lazy"):  # the record below is what starts the run again
             default_setup(self.lazy, Namespace(**{**vars(args), "config_file": self.file}))
         setup_logger(self.cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
         logger.info(f"The Python config {self.file} was executed.")  # before there was a log
-        record = os.path.join(self.cfg.OUTPUT_DIR, "config.py")
         if comm.is_main_process():
             write_record(record, self.name, self._opts)
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
@@ -55,3 +56,19 @@ def test_a_first_level_is_frozen_unless_a_semantic_head_takes_it(taken, is_train
     freeze_unused_levels(model)
     trained = [model.backbone.fpn_lateral2.weight.requires_grad, model.backbone.fpn_output2.weight.requires_grad]
     assert trained == [is_trained] * 2 and model.backbone.fpn_output3.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind, name", [("mask_rcnn", "mask_in_features"), ("faster_rcnn", "keypoint_in_features")])
+def test_a_first_level_that_another_head_takes_is_trained(kind, name):
+    levels = {"MODEL.RPN.IN_FEATURES": ["p3", "p4", "p5", "p6"], "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"]}
+    model = build_model(detector_cfg(kind, **levels, **{"MODEL.ANCHOR_GENERATOR.SIZES": [[32]]}))
+    setattr(model.roi_heads, name, ["p2", "p3"])
+    freeze_unused_levels(model, ["p4"])
+    assert all(p.requires_grad for p in model.backbone.fpn_output2.parameters())
+
+
+def test_nothing_is_frozen_where_heads_do_not_name_their_levels():
+    detector = torch.nn.Module()
+    detector.backbone = build_model(detector_cfg("faster_rcnn")).backbone
+    freeze_unused_levels(detector, ["p4"])
+    assert all(p.requires_grad for p in detector.backbone.fpn_output2.parameters())

@@ -214,6 +214,18 @@ def test_inheriting_what_does_not_fit_lists_it(tmp_path):
         build_pair(tmp_path, **{"DISTILL.STUDENT.INHERIT": ["fpn"]})
 
 
+@pytest.mark.parametrize("kind, part", [("retinanet", "head"), ("faster_rcnn", "proposal_generator")])
+def test_heads_for_other_anchors_are_warned_of(tmp_path, kind, part, caplog):
+    overrides = write_teacher(tmp_path, detector_cfg(kind))
+    for factor in (1, 2):
+        sizes = [[factor * x for x in level] for level in detector_cfg(kind).MODEL.ANCHOR_GENERATOR.SIZES]
+        cfg = detector_cfg(kind, **{"MODEL.ANCHOR_GENERATOR.SIZES": sizes})
+        build_model(distillation_cfg(cfg, overrides, **{"DISTILL.STUDENT.INHERIT": ["backbone.fpn_"]})).start()
+        assert "anchors" not in caplog.text
+        build_model(distillation_cfg(cfg, overrides, **{"DISTILL.STUDENT.INHERIT": [part]})).start()
+        assert ("trained for anchors of other sizes" in caplog.text) == (factor == 2)
+
+
 @pytest.mark.parametrize(
     "values, message",
     [

@@ -1,5 +1,6 @@
 """timm's networks under an FPN, and timm's ImageNet ResNets for Detectron2's own."""
 
+import re
 import sys
 
 import numpy as np
@@ -14,7 +15,7 @@ from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import TimmBackbone, timm_weights
 from distill.modeling.checkpoint import load_detector
-from distill.modeling.timm_weights import check_backbone, convert_resnet
+from distill.modeling.timm_weights import check_backbone, convert_resnet, warn_of_other_images
 from distill.recipes import YamlRecipe
 from tests.helpers import (
     FULL_WIDTH,
@@ -252,6 +253,37 @@ def test_detectron2s_resnet_computes_what_timms_does(tmp_path, hub, depth, disti
         expected = hub[f"resnet{depth}.tv_in1k"].forward_intermediates(images, intermediates_only=True)[1:]
     for own, given in zip(features.values(), expected, strict=True):
         torch.testing.assert_close(own, given, rtol=1e-4, atol=1e-4)
+
+
+IMAGENET = {"MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53], "MODEL.PIXEL_STD": [58.395, 57.12, 57.375]}
+
+
+@pytest.mark.parametrize(
+    "weights, values, image_format, message",
+    [
+        ("timm://resnet18.tv_in1k", IMAGENET, "RGB", ""),
+        ("timm://resnet18.tv_in1k", IMAGENET, "BGR", "of resnet18.tv_in1k .*: INPUT.FORMAT is BGR, expected RGB[.]$"),
+        (
+            "timm://resnet18.tv_in1k",
+            {},
+            "BGR",
+            r"STD is \[1.0, 1.0, 1.0\], expected \[58.395, 57.12, 57.375\][.]$",
+        ),
+        ("", {"MODEL.PIXEL_MEAN": [127.0] * 3, "MODEL.PIXEL_STD": [128.0] * 3}, "RGB", ""),
+        ("", IMAGENET, "RGB", r"of tf_efficientnet_lite0.in1k .*PIXEL_MEAN is .*, expected \[127.5, 127.5, 127.5\]"),
+        ("finished.pth", IMAGENET, "BGR", ""),  # a detector's, whose config says
+    ],
+)
+def test_images_that_imagenet_weights_do_not_know_are_warned_of(weights, values, image_format, message, caplog):
+    model = build_model(detector_cfg("faster_rcnn", **{"MODEL.PIXEL_STD": [1.0] * 3, **values}))
+    model.backbone.bottom_up.pretrained = "tf_efficientnet_lite0.in1k"
+    warn_of_other_images(model, weights, image_format)
+    (text,) = [record.getMessage() for record in caplog.records] or [""]
+    assert re.search(message, text) if message else not text
+
+
+def test_a_network_knows_its_tag():
+    assert TimmBackbone("resnet10t").pretrained == ""
 
 
 def test_other_backbones_are_refused(tmp_path, hub):
