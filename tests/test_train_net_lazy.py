@@ -13,6 +13,7 @@ from detectron2.config import LazyConfig
 from detectron2.engine import default_argument_parser
 
 from distill.config import override
+from distill.data import check_datasets
 from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.modeling import DistillationModel
@@ -38,6 +39,24 @@ def write_yaml_teacher(folder, kind="mask_rcnn"):
 def teacher_arguments(folder, **settings):
     (names, values) = write_yaml_teacher(folder, **settings)
     return [x for pair in zip(names, values) for x in pair]
+
+
+def test_a_program_that_registers_its_data_is_executed_once(tmp_path):
+    register = (
+        "from detectron2.data import DatasetCatalog, MetadataCatalog\n"
+        f"DatasetCatalog.register({str(tmp_path)!r}, lambda: [])\n"
+        f"MetadataCatalog.get({str(tmp_path)!r}).masks = []\n"
+        f"dataloader.train.dataset.names = {str(tmp_path)!r}\n"
+    )
+    path = write_student(tmp_path, more=register)
+    recipes = [load_recipe(path), load_recipe(path, ["train.max_iter=7"])]
+    assert [recipe.cfg.SOLVER.MAX_ITER for recipe in recipes] == [2, 7]
+    with pytest.raises(DistillError, match="has boxes alone, but the model has a mask head") as error:
+        check_datasets(recipes[0].cfg)  # as of a yaml config
+    assert "Set model.roi_heads.mask_in_features None and" in translate_message(str(error.value))
+    (tmp_path / "lazy" / "other.py").write_text((tmp_path / "lazy" / "mask_rcnn.py").read_text())
+    with pytest.raises(DistillError, match="already registered.* by distill.data.register_datasets"):
+        load_recipe(str(tmp_path / "lazy" / "other.py"))
 
 
 @pytest.mark.parametrize("is_source", [True, False])

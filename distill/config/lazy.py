@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import os
 import re
@@ -34,14 +36,7 @@ def load_lazy_config(name: str, opts: Sequence[str] = ()) -> DictConfig:
         DistillError: no such file, it cannot be executed, it describes no model, or an override cannot be applied.
     """
     path = resolve_config_file(name)[0]
-    logger.info(f"Executing the Python config {path}")
-    try:
-        cfg = LazyConfig.load(path)
-    except Exception as error:  # whatever the program raises
-        places = [f"{x.filename}, line {x.lineno}" for x in traceback.extract_tb(error.__traceback__)]
-        raise DistillError(
-            f"The Python config {path} cannot be executed: {type(error).__name__}: {error} (at {places[-1]})."
-        ) from error
+    cfg = copy.deepcopy(_execute(os.path.abspath(path), os.stat(path).st_mtime_ns))
     for opt in opts:
         try:
             LazyConfig.apply_overrides(cfg, [opt])
@@ -54,6 +49,25 @@ def load_lazy_config(name: str, opts: Sequence[str] = ()) -> DictConfig:
     if not isinstance(cfg.get("model"), DictConfig):
         raise DistillError(f"The Python config {path} has no model: expected Detectron2's LazyConfig of a detector.")
     return cfg
+
+
+@functools.cache
+def _execute(path: str, changed: int) -> DictConfig:
+    """Once a process: a second time, a program that registers its datasets would find them registered."""
+    logger.info(f"Executing the Python config {path}")
+    try:
+        return LazyConfig.load(path)
+    except Exception as error:  # whatever the program raises
+        places = [f"{x.filename}, line {x.lineno}" for x in traceback.extract_tb(error.__traceback__)]
+        hint = ""
+        if "already registered" in str(error):
+            hint = (
+                " Files that several configs import are executed for each: register datasets by "
+                "distill.data.register_datasets, or only where DatasetCatalog lacks them."
+            )
+        raise DistillError(
+            f"The Python config {path} cannot be executed: {type(error).__name__}: {error} (at {places[-1]}).{hint}"
+        ) from error
 
 
 def override(key: str, value: str | Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config.compat import guess_version
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..errors import DistillError
 from .defaults import add_distill_config
@@ -21,6 +22,23 @@ from .lenient import fit, fit_overrides
 
 # the node of MODEL that has NUM_CLASSES, by meta-architecture
 CLASS_NODES = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
+
+
+def family(arch: str | type) -> str:
+    """Which of Detectron2's detectors a meta-architecture is, or is derived from.
+
+    Args:
+        arch: a name of META_ARCH_REGISTRY's, or a class.
+
+    Returns:
+        A key of :data:`CLASS_NODES`; for a detector of another kind its own name.
+    """
+    name = arch if isinstance(arch, str) else arch.__name__
+    if isinstance(arch, str) and arch not in CLASS_NODES and arch in META_ARCH_REGISTRY:
+        arch = META_ARCH_REGISTRY.get(arch)
+    parents = [parent.__name__ for parent in getattr(arch, "__mro__", ())]
+    return next((parent for parent in parents if parent in CLASS_NODES), name)
+
 
 # what yacs and fvcore raise for a file or an override that they cannot merge
 _MERGE_ERRORS = (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError)
@@ -49,13 +67,14 @@ def resolve_config_file(name: str) -> tuple[str, bool]:
         ) from None
 
 
-def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(name: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> CfgNode:
     """Reads a config, with the keys of this package and of the modules in DISTILL.IMPORTS, and safe YAML only.
 
     Args:
         name: path of a file, or the name of a config in Detectron2's model zoo. Only the zoo's own files, read
             from inside its package, may contain ``!!python`` tags.
         opts: overrides, ``[KEY, VALUE, ...]``.
+        imports: modules that may have keys of their own, besides DISTILL.IMPORTS.
 
     Returns:
         The config, not frozen.
@@ -78,7 +97,7 @@ def load_config(name: str, opts: Sequence[str] = ()) -> CfgNode:
         raise DistillError(f"Config {path} is not valid YAML: {error}") from None
     except _MERGE_ERRORS as error:
         raise _explain(error, cfg, f"config {path}") from None
-    for module in import_modules(_named_imports(loaded, opts, path)):
+    for module in import_modules(dict.fromkeys([*imports, *_named_imports(loaded, opts, path)])):
         if hasattr(module, "add_config"):
             module.add_config(cfg)
     try:
@@ -126,7 +145,7 @@ def merge_distill_node(cfg: CfgNode, node: Mapping[str, Any], origin: str) -> No
         raise _explain(error, cfg, f"config {origin}") from None
 
 
-def import_modules(names: Sequence[str]) -> list[ModuleType]:
+def import_modules(names: Collection[str]) -> list[ModuleType]:
     """Imports the modules of DISTILL.IMPORTS.
 
     Args:
@@ -247,7 +266,7 @@ def slim_config(cfg: CfgNode) -> CfgNode:
     for key in ("STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS", "WIDTH_PER_GROUP"):
         node[key] = int(node[key] * node.WIDTH_MULT)
     node.WIDTH_MULT = 1.0
-    dense = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS")
+    dense = family(cfg.MODEL.META_ARCHITECTURE) in ("RetinaNet", "FCOS")
     cfg.MODEL.BACKBONE.NAME = f"build_{'retinanet_' if dense else ''}resnet_fpn_backbone"
     return cfg
 
@@ -309,7 +328,7 @@ def num_classes(cfg: CfgNode) -> int:
     Raises:
         DistillError: the detector is of a family that keeps it elsewhere.
     """
-    arch = detector_config(cfg).MODEL.META_ARCHITECTURE
+    arch = family(detector_config(cfg).MODEL.META_ARCHITECTURE)
     if arch not in CLASS_NODES:
         raise DistillError(f"The number of classes of a {arch} is not known: expected one of {', '.join(CLASS_NODES)}.")
     return cfg.MODEL[CLASS_NODES[arch]].NUM_CLASSES
@@ -354,5 +373,8 @@ def _explain(error: Exception, cfg: CfgNode, where: str) -> DistillError:
                     "command line can change what is defined."
                 )
             nearest = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0)
-            return DistillError(f"Unknown key {key!r} in {where}. The nearest existing key is {nearest[0]!r}.")
+            return DistillError(
+                f"Unknown key {key!r} in {where}. The nearest existing key is {nearest[0]!r}. Keys of your own come "
+                "from a module in DISTILL.IMPORTS that has add_config(cfg)."
+            )
     return DistillError(f"Cannot use {where}: {message}.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..config import CLASS_NODES, detector_config
+from ..config import CLASS_NODES, detector_config, family
 from ..errors import DistillError
 from .check import MODES, check_source
 from .formats import Source, read_coco, read_voc, read_yolo
@@ -106,9 +106,9 @@ def check_datasets(cfg: CfgNode) -> None:
 
     Raises:
         DistillError: there is no such dataset, its classes are not those of the others or not as many as the
-            student's, or it has no masks as the student needs them.
+            student's, or it has no masks as the student needs them, or no keypoints.
     """
-    node = CLASS_NODES.get(detector_config(cfg).MODEL.META_ARCHITECTURE)
+    node = CLASS_NODES.get(family(detector_config(cfg).MODEL.META_ARCHITECTURE))
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     for name in names:
         if name not in DatasetCatalog.list():
@@ -129,12 +129,19 @@ def check_datasets(cfg: CfgNode) -> None:
                 f"The datasets {names[0]} and {name} have different classes: {', '.join(others[:10])} and "
                 f"{', '.join(classes[:10])}. Give both the same, in one order: name=voc:ROOT:SPLIT:class,class,..."
             )
+    for name in names if cfg.MODEL.KEYPOINT_ON else ():
+        if MetadataCatalog.get(name).get("masks") is not None:  # read by us
+            raise DistillError(
+                f"The dataset {name} was read without keypoints, and MODEL.KEYPOINT_ON is True. Register it by "
+                "Detectron2's register_coco_instances, with keypoint_names and keypoint_flip_map in its metadata, in a "
+                "module of DISTILL.IMPORTS."
+            )
     for name in names if cfg.MODEL.MASK_ON else ():
         masks = MetadataCatalog.get(name).get("masks")
         is_trained_on = name in cfg.DATASETS.TRAIN
         if masks == [] and (is_trained_on or MetadataCatalog.get(name).evaluator_type == "coco"):
             raise DistillError(
-                f"The dataset {name} has boxes alone, but MODEL.MASK_ON is True: expected polygons or masks to "
+                f"The dataset {name} has boxes alone, but the model has a mask head: expected polygons or masks to "
                 f"{'train on' if is_trained_on else 'evaluate by'}. Set MODEL.MASK_ON False."
             )
         if is_trained_on and "rle" in (masks or []) and cfg.INPUT.MASK_FORMAT == "polygon":

@@ -189,8 +189,8 @@ class Trainer(TrainerBase):
         model = self._unwrapped_model()
         if not last:
             warn_of_other_images(model, path, self.cfg.INPUT.FORMAT)
-        if not last and isinstance(model, DistillationModel):
-            model.start()
+        if isinstance(model, DistillationModel):
+            model.start(resumed=bool(last))
 
     def run_step(self) -> None:
         """One training step."""

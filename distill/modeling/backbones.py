@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from ..config import slim_config
+from ..config import family, slim_config
 
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
@@ -29,7 +29,7 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     shape = bottom_up.output_shape()
     *_, coarsest = shape
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
-    if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS"):
+    if family(cfg.MODEL.META_ARCHITECTURE) in ("RetinaNet", "FCOS"):
         top_block = LastLevelP6P7(shape[coarsest].channels, out_channels, in_feature=coarsest)
     else:
         top_block = LastLevelMaxPool()

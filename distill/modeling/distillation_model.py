@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..config import student_config
+from ..distillers.base import Distiller
 from ..distillers.build import build_distillers, check_distillers
 from ..errors import DistillError
 from .backbones import freeze_unused_levels
@@ -74,6 +75,7 @@ class DistillationModel(Wrapper):
         self._levels = self._scaling.levels(student.backbone.output_shape(), teacher.output_shape)
         self._inherit = list(inherit)
         self._inheritable_weights()  # an error now rather than after the data is loaded
+        self._is_started = False
         self._tap = FeatureTap(student.backbone)
         # what the student's own heads computed is there for the distillers to see
         heads = getattr(student, "roi_heads", None)
@@ -148,6 +150,8 @@ class DistillationModel(Wrapper):
         if not self.training:
             return self.student(batched_inputs)
         self._check_sizes(batched_inputs)
+        if not self._is_started:
+            self._warn_of_no_start()
         batched_inputs, own_inputs = _on_device(batched_inputs, self.student.device), batched_inputs
         teacher = self.teacher.view(batched_inputs)
         if self.distillers:
@@ -222,12 +226,29 @@ class DistillationModel(Wrapper):
         dtype = autocast_dtype(self.student.device)
         return DetectorView(self.student, *args, **settings, scaling=self._scaling, levels=self._levels, dtype=dtype)
 
-    def start(self) -> None:
-        """What a run begins with, after weights are loaded and unless it is resumed: the distillers forget other runs,
-        and the student inherits.
+    def _warn_of_no_start(self) -> None:
+        self._is_started = True  # once
+        hooked = [name for name, x in self.distillers.items() if type(x).build_hooks is not Distiller.build_hooks]
+        if self._inherit or hooked:
+            logger.warning(
+                f"The training begins without start(), so the student has inherited nothing (DISTILL.STUDENT.INHERIT: "
+                f"{self._inherit}), and the hooks of {', '.join(hooked) or 'no distiller'} may be missing. Use "
+                "distill.engine.Trainer; or in a loop of your own call model.start() once the weights are loaded, and "
+                "register what each distiller's build_hooks(model) returns."
+            )
+
+    def start(self, resumed: bool = False) -> None:
+        """What a run begins with, after weights are loaded: the distillers forget other runs, and the student inherits.
+        :class:`distill.engine.Trainer` calls it.
+
+        Args:
+            resumed: whether the run goes on from a checkpoint, which has all of that.
 
         Source: Kang et al., *Instance-Conditional Knowledge Distillation for Object Detection*, NeurIPS 2021.
         """
+        self._is_started = True
+        if resumed:
+            return
         for distiller in self.distillers.values():
             distiller.reset()
         weights = self._inheritable_weights()
@@ -241,8 +262,11 @@ class DistillationModel(Wrapper):
         logger.info(f"The student inherits {len(weights)} weights from the teacher, under {', '.join(self._inherit)}")
 
 
-def _as_sampled(proposals: Sequence[Instances]) -> list[Instances]:
-    """What the box head is given: with TRAIN_ON_PRED_BOXES Detectron2 later writes the predicted boxes into it."""
+def _as_sampled(proposals: Any) -> list[Instances] | None:
+    """What the box head is given: with TRAIN_ON_PRED_BOXES Detectron2 later writes the predicted boxes into it. None
+    for what another method of that name returns."""
+    if not isinstance(proposals, list) or not all(isinstance(x, Instances) for x in proposals):
+        return None
     return [Instances(x.image_size, proposal_boxes=x.proposal_boxes, gt_classes=x.gt_classes) for x in proposals]
 
 

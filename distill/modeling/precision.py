@@ -122,7 +122,7 @@ def fold_norms(model: nn.Module) -> None:
     """
     for conv in [x for x in model.modules() if isinstance(x, Conv2d)]:
         norm = conv.norm
-        if not isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)) or norm.running_mean is None:
+        if not isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)) or norm.running_mean is None:
             continue
         bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias
         factor = (norm.running_var.double() + norm.eps).rsqrt()

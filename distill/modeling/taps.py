@@ -43,11 +43,11 @@ class FeatureTap(_Tap):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        module.register_forward_hook(self._hook)
+        module.register_forward_hook(self._hook, with_kwargs=True)
 
-    def _hook(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _hook(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if module.training:
-            self._record = (args[0], output)
+            self._record = (_first(args, kwargs), output)
 
 
 # What the layers of a dense detector's two towers were given, by level. The keys: how many convolutions follow, before
@@ -111,8 +111,12 @@ class MethodTap(_Tap):
         self._owner, self._method, self._keep = owner, getattr(owner, name), keep
         setattr(owner, name, self._call)  # a bound method, so that a copy of the module has a tap of its own
 
-    def _call(self, *args: Any) -> Any:
-        output = self._method(*args)
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._method(*args, **kwargs)
         if self._owner.training:
-            self._record = (args[0], self._keep(output) if self._keep else output)
+            self._record = (_first(args, kwargs), self._keep(output) if self._keep else output)
         return output
+
+
+def _first(args: tuple, kwargs: dict) -> Any:
+    return next(iter((*args, *kwargs.values())), None)

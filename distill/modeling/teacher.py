@@ -156,7 +156,7 @@ def teacher_recipe(cfg: CfgNode) -> Recipe:
             "DISTILL.TEACHER.CONFIG_FILE is empty. Name the teacher's config (or give --teacher-config): a file, or a "
             "config of Detectron2's model zoo such as 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
         )
-    recipe = load_recipe(node.CONFIG_FILE, node.OPTS)
+    recipe = load_recipe(node.CONFIG_FILE, node.OPTS, cfg.DISTILL.IMPORTS)
     recipe.cfg = own = student_config(recipe.cfg)
     if node.WEIGHTS:
         own.MODEL.WEIGHTS = node.WEIGHTS

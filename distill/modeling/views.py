@@ -29,9 +29,8 @@ class DetectorView:
         batched_inputs: the batch, in Detectron2's format.
         compute_features: returns the padded, normalised images and the features by level.
         frozen: whether the detector is a teacher, all of whose results come without gradient.
-        outputs: what modules of the detector returned in this step, by their names ("box_predictor", "head",
-            "label_anchors"), the "proposals" that its box head was given, and what its head's layers were ("towers", a
-            ``TowerRecord``).
+        outputs: what modules of the detector returned in this step ("box_predictor", "head", "label_anchors"), the
+            "proposals" that its box head was given, and what its head's layers were ("towers", a ``TowerRecord``).
         scaling: at which size the detector sees the images. Whatever the view shows is in pixels of the whole images.
         levels: the names that the view has for the detector's levels, see :meth:`Scaling.levels`. By default their own.
         dtype: what the detector computes in; None leaves that to autocast outside.
@@ -135,7 +134,7 @@ class DetectorView:
         return self._recorded("box_predictor")[0]
 
     def _recorded(self, name: str) -> Any:
-        if name not in self._outputs:
+        if self._outputs.get(name) is None:
             raise DistillError(
                 f"This view of a {type(self._detector).__name__} has no sampled proposals: a student has them that is "
                 "a Faster, Mask or Cascade R-CNN."

@@ -227,13 +227,14 @@ def as_recipe(source: Recipe | CfgNode) -> Recipe:
     return source if isinstance(source, Recipe) else YamlRecipe(source)
 
 
-def load_recipe(name: str, opts: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> Recipe:
     """Reads a config file.
 
     Args:
         name: path of a file, or the name of a config in Detectron2's model zoo; one that ends in ``.py`` is a
             LazyConfig, which is executed.
         opts: overrides: ``KEY VALUE ...`` for yaml, ``key=value ...`` for Python.
+        imports: modules that may have keys of their own, besides those that a yaml config names.
 
     Returns:
         The recipe.
@@ -247,7 +248,7 @@ def load_recipe(name: str, opts: Sequence[str] = ()) -> Recipe:
 
     is_lazy = name.endswith(".py")
     try:
-        return LazyRecipe(name, opts) if is_lazy else YamlRecipe(load_config(name, opts))
+        return LazyRecipe(name, opts) if is_lazy else YamlRecipe(load_config(name, opts, imports))
     except DistillError as error:
         error.is_lazy = is_lazy  # whose keys it is to speak of
         raise

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.utils.registry import _convert_target_to_string
+from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import CLASS_NODES, add_distill_config, merge_distill_node
+from ..config import CLASS_NODES, add_distill_config, family, merge_distill_node
 from ..errors import DistillError
 
 # yaml key: key of Detectron2's Python configs
@@ -47,6 +47,8 @@ _NAMES = {
     "MODEL.ANCHOR_GENERATOR.SIZES": "the anchor_generator's sizes",
     "INPUT.MIN_SIZE_TEST": "the short_edge_length in dataloader.test.mapper",
     "INPUT.MAX_SIZE_TEST": "the max_size in dataloader.test.mapper",
+    "MODEL.MASK_ON": "model.roi_heads.mask_in_features None and dataloader.train.mapper.use_instance_mask",
+    "MODEL.KEYPOINT_ON": "use_keypoint",
     "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
     "SOLVER.WARMUP_ITERS": "lr_multiplier's warmup_length",
@@ -87,10 +89,15 @@ def translate(lazy: DictConfig, origin: str) -> CfgNode:
             cfg.INPUT[f"MIN_SIZE_{key}"] = lengths if key == "TRAIN" else max(lengths)
             cfg.INPUT[f"MAX_SIZE_{key}"] = resize.get("max_size") or 0
     cfg.INPUT.FORMAT = image_format(lazy)
-    arch = _name(lazy.model.get("_target_", ""))
-    if arch in CLASS_NODES:
+    target = lazy.model.get("_target_", "")
+    arch, kind = _name(target), family(locate(target) if isinstance(target, str) and target else target)
+    if kind in CLASS_NODES:
         heads = lazy.model.get("roi_heads", lazy.model)
-        cfg.MODEL[CLASS_NODES[arch]].NUM_CLASSES = heads.get("num_classes", 80)
+        cfg.MODEL[CLASS_NODES[kind]].NUM_CLASSES = heads.get("num_classes", 80)
+        cfg.MODEL.MASK_ON = heads.get("mask_in_features") is not None
+        cfg.MODEL.KEYPOINT_ON = heads.get("keypoint_in_features") is not None
+    mask_format = OmegaConf.select(lazy, "dataloader.train.mapper.instance_mask_format")
+    cfg.INPUT.MASK_FORMAT = mask_format or cfg.INPUT.MASK_FORMAT
     if not isinstance(lazy.get("distill", {}), Mapping):
         raise DistillError(f"distill is {lazy.distill!r} in {origin}: expected a dict with the keys of DISTILL.")
     if "distill" in lazy:

@@ -8,6 +8,7 @@ import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from PIL import Image
 
+from distill.config import num_classes
 from distill.data import CheckedMapper, check_datasets, register_datasets
 from distill.errors import DistillError
 from distill.evaluation import check_evaluators
@@ -204,6 +205,25 @@ def test_a_mask_rcnn_wants_masks_that_it_can_read(tmp_path, masks, mask_format, 
             check_datasets(cfg)
     else:
         check_datasets(cfg)
+
+
+def test_keypoints_are_not_read(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    register_datasets([f"k=coco:{write_coco(tmp_path)}:{tmp_path}"])
+    cfg = detector_cfg("faster_rcnn", **{"MODEL.ROI_HEADS.NUM_CLASSES": 2, "DATASETS.TRAIN": ["k"]})
+    check_datasets(cfg)
+    cfg.MODEL.KEYPOINT_ON = True
+    with pytest.raises(DistillError, match="dataset k was read without keypoints, and MODEL.KEYPOINT_ON is True"):
+        check_datasets(cfg)
+
+
+def test_a_detector_that_is_derived_is_checked_like_its_parent(tmp_path):
+    cfg = detector_cfg(
+        "mask_rcnn", **{"MODEL.META_ARCHITECTURE": "PanopticFPN", "DATASETS.TRAIN": ["digit_scenes_train"]}
+    )
+    with pytest.raises(DistillError, match="10 classes .*MODEL.ROI_HEADS.NUM_CLASSES"):
+        check_datasets(cfg)
+    assert num_classes(cfg) == NUM_CLASSES
 
 
 def test_crowds_alone_are_no_objects(tmp_path):

@@ -11,6 +11,7 @@ from distill.config import load_config
 from distill.distillers import DISTILLER_REGISTRY, build_adaptation, build_distillers, shared_levels
 from distill.distillers.build import DistillerRegistry, distiller_names
 from distill.errors import DistillError
+from distill.modeling.teacher import teacher_recipe
 from tests.helpers import detector_cfg, set_all
 
 
@@ -184,6 +185,10 @@ def test_a_module_brings_its_keys_before_the_config_is_read(outside, tmp_path, m
     (tmp_path / "plain.yaml").write_text("VERSION: 2\n")
     opts = ["DISTILL.OUTSIDE.DECAY", "1.0", "DISTILL.IMPORTS", "['outside_distiller']"]
     assert load_config(str(tmp_path / "plain.yaml"), opts).DISTILL.OUTSIDE.DECAY == 1.0
+    # and for the teacher's
+    (tmp_path / "teacher.yaml").write_text("MODEL: {WEIGHTS: x.pth}\nDISTILL: {OUTSIDE: {DECAY: 0.25}}\nVERSION: 2\n")
+    cfg.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.yaml")
+    assert teacher_recipe(cfg).cfg.DISTILL.OUTSIDE.DECAY == 0.25
     with pytest.raises(DistillError, match="Unknown key 'DISTILL.OUTSIDE.DECAI'.*nearest .*'DISTILL.OUTSIDE.DECAY'"):
         load_config(str(tmp_path / "written.yaml"), ["DISTILL.OUTSIDE.DECAI", "1.0"])
 

@@ -207,6 +207,41 @@ def test_inheriting_copies_what_is_named_and_nothing_else(tmp_path):
         assert torch.equal(value, source[key]), key
 
 
+def test_a_loop_without_a_start_is_warned_once(tmp_path, caplog):
+    overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
+    parts = {"DISTILL.STUDENT.INHERIT": ["roi_heads"]}
+    for resumed in (None, True, False):
+        model = build_model(distillation_cfg(detector_cfg("faster_rcnn"), overrides, **parts)).train()
+        if resumed is not None:
+            model.start(resumed=resumed)
+        is_inherited = torch.equal(
+            model.student.roi_heads.box_head.fc1.weight, model.teacher.model.roi_heads.box_head.fc1.weight
+        )
+        assert is_inherited == (resumed is False)
+        model(random_batch((64, 96)))
+        model(random_batch((64, 96)))
+        assert caplog.text.count("begins without start()") == (resumed is None)
+        caplog.clear()
+
+
+def test_heads_that_call_by_keyword_are_tapped(tmp_path):
+    model = build_pair(tmp_path, **{"DISTILL.DISTILLERS": ["LogitDistiller"]}).train()
+    heads = model.student.roi_heads
+    forward, tapped = heads.forward, heads.label_and_sample_proposals
+    seen = []
+
+    def by_keyword(images, features, proposals, targets=None):
+        heads.label_and_sample_proposals = lambda proposals, targets: tapped(proposals=proposals, targets=targets)
+        seen.append(True)
+        return forward(images, features, proposals, targets)
+
+    heads.forward = by_keyword
+    assert model(random_batch((64, 96)))["loss_logit"] > 0 and seen
+    heads.label_and_sample_proposals = tapped
+    tapped.__self__._method = lambda proposals, targets: (proposals, targets)  # of another form
+    assert tapped([], []) == ([], []) and tapped.__self__.take()[1] is None
+
+
 def test_inheriting_what_does_not_fit_lists_it(tmp_path):
     with pytest.raises(DistillError, match=r"backbone.fpn_lateral2.weight is \(16, .*\(32, "):
         build_pair(tmp_path, **{"DISTILL.STUDENT.INHERIT": ["backbone.fpn_"]})

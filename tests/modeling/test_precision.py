@@ -28,18 +28,20 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
 def test_folded_norms_change_nothing(kind, norm):
     cfg = detector_cfg(kind, **{"MODEL.RESNETS.NORM": norm, "MODEL.FPN.NORM": norm})
     model = with_statistics(build_model(cfg)).double().eval()
+    kinds = {"FrozenBN": FrozenBatchNorm2d, "BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
+    assert any(isinstance(x, kinds[norm]) for x in model.backbone.modules())
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
         expected = model.backbone(images)
         fold_norms(model)
         folded = model.backbone(images)
     assert not any(isinstance(x, Conv2d) and x.norm is not None for x in model.backbone.modules())
-    assert not any(isinstance(x, (FrozenBatchNorm2d, nn.BatchNorm2d)) for x in model.backbone.modules())
+    assert not any(isinstance(x, tuple(kinds.values())) for x in model.backbone.modules())
     for level, value in expected.items():
         torch.testing.assert_close(folded[level], value, rtol=1e-10, atol=1e-10)
 
