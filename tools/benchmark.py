@@ -94,7 +94,9 @@ def build_model(recipe: Recipe) -> tuple[DistillationModel, Recipe]:
     scaling = build_scaling(cfg)
     levels = student.backbone.output_shape(), teacher.output_shape
     distillers = build_distillers(cfg, scaling.shape(*levels), teacher.output_shape)
-    return DistillationModel(student=student, teacher=teacher, distillers=distillers, scaling=scaling).train(), source
+    model = DistillationModel(student=student, teacher=teacher, distillers=distillers, scaling=scaling)
+    model.start()
+    return model.train(), source
 
 
 def convolutions_of(distiller: nn.Module, run: Callable[[], None]) -> list[tuple[nn.Conv2d, torch.Tensor]]:

@@ -224,6 +224,10 @@ class Trainer(TrainerBase):
             super().train(self.start_iter, self.max_iter)
         except FloatingPointError as error:  # Detectron2's, for a loss or proposals
             raise DistillError(self._divergence(error)) from error
+        except AssertionError as error:
+            if "bad box" not in str(error):  # fvcore's GIoU on boxes that are not finite
+                raise
+            raise DistillError(self._divergence(error)) from error
         except DistillError:
             save_after_failure(self)
             raise
@@ -232,7 +236,7 @@ class Trainer(TrainerBase):
             return self.results
         return None
 
-    def _divergence(self, error: FloatingPointError) -> str:
+    def _divergence(self, error: Exception) -> str:
         before = {k: f"{v:.4g}" for k, (v, _) in self.storage.latest().items() if "loss" in k and "/" not in k}
         path = last_finite_checkpoint(self.cfg.OUTPUT_DIR, self._began)
         distilled = isinstance(self._unwrapped_model(), DistillationModel)

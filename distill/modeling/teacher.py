@@ -66,8 +66,9 @@ class Teacher:
         fold_norms(self.model)
         if self._is_half:
             for layer in self.model.modules():
-                if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    layer.to(self.dtype)  # once, and not in every step
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):  # once, and not in every step
+                    for weight in layer.parameters(recurse=False):  # a norm of Detectron2's is inside
+                        weight.data = weight.data.to(self.dtype)
         if self._is_channels_last:
             self.model.backbone.to(memory_format=torch.channels_last)
 

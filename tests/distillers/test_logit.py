@@ -9,6 +9,7 @@ from distill.errors import DistillError
 from distill.losses import box_overlap, decoupled_divergence, quality_focal_loss, soft_label_divergence
 from distill.modeling.classes import build_class_map
 from tests.distillers.test_cross_head import flat
+from tests.distillers.test_global_knowledge import give_prototypes
 from tests.distillers.test_methods import build_hooks, build_pair, step
 from tests.helpers import detector_cfg, distillation_cfg, random_batch, write_teacher
 
@@ -90,8 +91,26 @@ def test_global_knowledge_takes_a_class_map_too(tmp_path, kind):
     overrides = {"DISTILL.DISTILLERS": ["GlobalKnowledgeDistiller"]}
     model = seven_class_pair(tmp_path, kind, ["0=4", "2=1"], **overrides)
     build_hooks(model)
-    losses = step(model, random_batch((64, 96), (61, 75)))
-    assert torch.isfinite(losses["loss_response"])
+    give_prototypes(model, classes=(0, 1, 2))
+    batch = random_batch((64, 96), (61, 75))
+    for index, x in enumerate(batch):
+        x["instances"].gt_classes[:] = 2 * index
+    detector = model.teacher.model
+    scores = detector.roi_heads.box_predictor.cls_score if kind == "faster_rcnn" else detector.head.cls_score
+
+    def response(number=None):
+        torch.manual_seed(0)  # of sampled proposals
+        with torch.no_grad():
+            before = scores.bias.clone()
+            if number is not None:
+                scores.bias[number :: 8 if kind == "faster_rcnn" else 7] += 1
+        loss = step(model, batch)["loss_response"]
+        scores.bias.data.copy_(before)
+        return loss
+
+    assert response() > 0
+    for number in range(7):  # only what is mapped counts
+        assert (response(number) == response()) == (number not in (1, 4))
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
