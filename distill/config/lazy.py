@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import logging
@@ -103,7 +104,7 @@ def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False)
         text = f.read()
         if text.startswith(_RECORD):
             had_none = ".pop('distill'" in text
-            source, earlier = LazyConfig.load(source, ("_file", "_overrides"))
+            source, earlier = _read_record(text)
             earlier = [opt for opt in earlier if not (plain and opt.startswith("distill."))]
             opts, from_zoo, plain = [*earlier, *opts], False, plain or had_none
     location = f"model_zoo.get_config_file({name!r})" if from_zoo else repr(os.path.abspath(source))
@@ -117,6 +118,14 @@ def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False)
             + "globals().update(LazyConfig.apply_overrides(_config, _overrides))\n"
         )
     os.replace(f"{path}.tmp", path)
+
+
+def _read_record(text: str) -> tuple[str, list[str]]:
+    """The file and the overrides of a record, which is not executed: the program of the file would be, too."""
+    values = {x.targets[0].id: x.value for x in ast.parse(text).body if isinstance(x, ast.Assign)}
+    file = values["_file"]
+    name = ast.literal_eval(file.args[0] if isinstance(file, ast.Call) else file)
+    return resolve_config_file(name)[0], ast.literal_eval(values["_overrides"])
 
 
 def check_record(path: str) -> None:

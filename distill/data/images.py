@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 SEEN = "seen://"
 _ORIENTATION = 0x0112  # the EXIF tag
+_VERSION = 2  # of what is kept of a header
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _lock = threading.Lock()
 
@@ -126,7 +127,7 @@ def read_headers(files: Sequence[str], key: str) -> dict[str, Header]:
     Returns:
         Headers by path.
     """
-    cache = Path(get_cache_dir()) / "distill" / f"headers_{hashlib.sha1(key.encode()).hexdigest()[:16]}.json"
+    cache = Path(get_cache_dir()) / "distill" / f"headers_{_VERSION}_{hashlib.sha1(key.encode()).hexdigest()[:16]}.json"
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(cache)):

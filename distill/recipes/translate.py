@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -90,7 +91,10 @@ def translate(lazy: DictConfig, origin: str) -> CfgNode:
             cfg.INPUT[f"MAX_SIZE_{key}"] = resize.get("max_size") or 0
     cfg.INPUT.FORMAT = image_format(lazy)
     target = lazy.model.get("_target_", "")
-    arch, kind = _name(target), family(locate(target) if isinstance(target, str) and target else target)
+    arch = _name(target)
+    with contextlib.suppress(Exception):  # of the import: building the model says what is wrong
+        target = locate(target) if isinstance(target, str) else target
+    kind = family(arch if isinstance(target, str) else target)
     if kind in CLASS_NODES:
         heads = lazy.model.get("roi_heads", lazy.model)
         cfg.MODEL[CLASS_NODES[kind]].NUM_CLASSES = heads.get("num_classes", 80)

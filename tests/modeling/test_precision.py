@@ -20,7 +20,7 @@ METHODS = ["ReviewDistiller", "StructuralDistiller", "ImitationDistiller"]
 def with_statistics(model: nn.Module) -> nn.Module:
     """The model with batch norms that change what goes through them."""
     for norm in model.modules():
-        if isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+        if isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)):
             norm.weight.data.uniform_(0.5, 1.5)
             norm.bias.data.normal_()
             norm.running_mean.normal_()
