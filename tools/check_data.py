@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks datasets as a training does, and draws twelve of their images, so that one sees the boxes where they belong.
 
-    python tools/check_data.py voc:/data/cells:trainval [coco:... yolo:...] [--check skip] [--output sheet.png]
+    python tools/check_data.py voc:/data/cells:trainval [coco:... yolo:...] [--check skip] [--output DIR]
 
 Each is a form of DATASETS.REGISTER, with or without its name. Exit status 1: there are faults.
 """

@@ -137,7 +137,10 @@ def download(folder: Path) -> Path:
     Raises:
         InstallError: it is not the file that was checked.
     """
-    pip("download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", str(folder), SDIST)
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{SDIST} --hash=sha256:{SHA256}\n")  # pip runs the setup.py of what it downloads
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", str(folder)]
+    pip("download", "-q", *options, "-r", str(requirements))
     (archive,) = folder.glob("*.tar.gz")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != SHA256:

@@ -51,7 +51,12 @@ class PrototypeHook(HookBase):
         self._collector: InstanceCollector | None = None
 
     def before_train(self) -> None:
-        recipe = self.trainer.recipe
+        recipe = getattr(self.trainer, "recipe", None)
+        if recipe is None:
+            raise DistillError(
+                f"A {type(self.trainer).__name__} has no recipe, by which prototypes read the training images: set "
+                "trainer.recipe = distill.recipes.as_recipe(cfg), or use distill.engine.Trainer."
+            )
         self._collector = InstanceCollector(recipe, list(self._bank.levels), self._max_images, self._min_box_size)
         if not self._period:
             images = recipe.cfg.SOLVER.IMS_PER_BATCH * recipe.cfg.SOLVER.ACCUMULATE

@@ -20,10 +20,11 @@ HEAD = """# Results
 Written by `python projects/Evidence/run.py --table` from the lines of `projects/Evidence/results/` and the texts of
 `projects/Evidence/suites/`. A cell is the mean over the seeds ± its standard error (sample standard deviation / √n);
 without ± it is a single run. The gain is the difference from the baseline's mean; errors add in quadrature. All
-students of a table have the same teacher unless it says otherwise, so errors do not include what another teacher would
-change; of a teacher that was trained again, the row has all training runs, which have one seed. The cost is that of a
-training step relative to the baseline's, the median over steps that were interleaved in one process, without occasional
-work (evaluation, measuring gradients, the search for prototypes). Empty cells were not run, or not with today's config.
+students of a table have the same teacher unless it says otherwise, so errors leave out what another teacher would
+change. Where a teacher was trained more than once, always with the same seed, its row is over all of these runs. The
+cost is that of a training step relative to the baseline's, the median over steps that were interleaved in one process,
+without occasional work (evaluation, measuring gradients, the search for prototypes). Empty cells were not run, or not
+with today's config.
 """
 
 
