@@ -336,7 +336,7 @@ def test_settings_out_of_range_are_named(overrides, message):
 
 def test_a_detector_of_an_unknown_family_is_named():
     cfg = detector_cfg("faster_rcnn")
-    set_all(cfg, {"MODEL.META_ARCHITECTURE": "PanopticFPN"})
+    set_all(cfg, {"MODEL.META_ARCHITECTURE": "ProposalNetwork"})
     shape = {"p3": ShapeSpec(channels=8, stride=8)}
-    with pytest.raises(DistillError, match="number of classes of a PanopticFPN is not known"):
+    with pytest.raises(DistillError, match="number of classes of a ProposalNetwork is not known"):
         GlobalKnowledgeDistiller(cfg, shape, shape)
