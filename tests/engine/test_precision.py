@@ -64,7 +64,7 @@ def test_trains_in_bfloat16_on_the_cpu(tmp_path, kind):
     assert set(seen) == {torch.bfloat16} and len(seen) == 6
     after = dict(trainer.model.named_parameters())
     assert all(value.dtype == torch.float32 for value in after.values())
-    # layers' weights move; those of norms, and the distillers' where the gradient is small, by steps that may round away
+    # layers' weights move; those of norms, and the distillers' where the gradient is small, may round away
     layers = {key: p for key, p in after.items() if p.requires_grad and p.dim() > 1}
     still = {key for key, p in layers.items() if torch.equal(p, before[key])}
     assert all(key.startswith("distillers.") and layers[key].grad is not None for key in still)
