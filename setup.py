@@ -19,6 +19,7 @@ setup(
         "pycocotools>=2.0.6,<3",
         "fvcore>=0.1.5,<0.1.6",  # these four as Detectron2 itself wants them
         "iopath>=0.1.7,<0.1.10",
+        "portalocker>=2,<5",  # what iopath's locks raise; it needs it itself
         "omegaconf>=2.1,<3",
         "tabulate>=0.9,<1",
         "tensorboard>=2.10,<3",

@@ -19,6 +19,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
 
 from .data.formats import read_voc
@@ -135,7 +136,8 @@ class VOCEvaluator(DatasetEvaluator):
         # images and classes are numbers there: names may have what it splits lines at, and be too long for a file's
         self._images = {str(record["image_id"]): str(index) for index, record in enumerate(records)}
         names = [str(index) for index in self._classes.values()]
-        _write_voc(Path(self._folder.name), records, self._classes)
+        if comm.is_main_process():  # which alone reads them
+            _write_voc(Path(self._folder.name), records, self._classes)
         plain = f"{name} (as VOC)"
         MetadataCatalog.get(plain).set(
             dirname=self._folder.name, split="test", year=meta.get("year", 2012), thing_classes=names
@@ -155,7 +157,9 @@ class VOCEvaluator(DatasetEvaluator):
             self._evaluator.process([{**x, "image_id": image_id}], [{"instances": found}])
 
     def evaluate(self) -> dict | None:
-        return self._evaluator.evaluate()
+        results = self._evaluator.evaluate()
+        parse_rec.cache_clear()  # keeps what it read by the names of files, which are others the next time
+        return results
 
 
 def _is_difficult(annotation: dict) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,13 +16,16 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
 from PIL import Image, ImageFile, ImageOps
+from portalocker import LockException
 from tqdm import tqdm
 
 SEEN = "seen://"
 _ORIENTATION = 0x0112  # the EXIF tag
 _VERSION = 2  # of what is kept of a header
+_AT_ONCE = 50_000  # files
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _lock = threading.Lock()
+logger = logging.getLogger(__name__)
 
 
 class Header(NamedTuple):
@@ -128,12 +132,15 @@ def read_headers(files: Sequence[str], key: str) -> dict[str, Header]:
         Headers by path.
     """
     cache = Path(get_cache_dir()) / "distill" / f"headers_{_VERSION}_{hashlib.sha1(key.encode()).hexdigest()[:16]}.json"
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(str(cache)):
-            return _read_headers(files, cache)
-    except OSError:  # a folder that cannot be written
-        return _read_headers(files, None)
+    while True:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(str(cache)):
+                return _read_headers(files, cache)
+        except LockException:
+            logger.info("Still waiting for another process, which checks the images.")
+        except OSError:  # a folder that cannot be written
+            return _read_headers(files, None)
 
 
 def _read_headers(files: Sequence[str], cache: Path | None) -> dict[str, Header]:
@@ -141,17 +148,33 @@ def _read_headers(files: Sequence[str], cache: Path | None) -> dict[str, Header]
     if cache is not None and cache.is_file():
         with contextlib.suppress(ValueError):  # written by a process that was killed
             kept = json.loads(cache.read_text())
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        stamps = dict(zip(files, pool.map(_stamp, files)))
-        todo = [file for file in files if kept.get(file, [None])[0] != stamps[file]]
-        read = pool.map(read_header, todo)
-        fresh = dict(zip(todo, tqdm(read, "Checking images", len(todo), disable=len(todo) < 1000)))
-    found = {file: fresh[file] if file in fresh else Header(*kept[file][1:]) for file in files}
-    if cache is not None and fresh:
-        temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({file: [stamps[file], *header] for file, header in found.items()}))
+    found: dict[str, list] = {}
+    bar = tqdm(desc="Checking images", total=len(files), disable=len(files) < 1000)
+    with bar, ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        for first in range(0, len(files), _AT_ONCE):  # what is read is kept, whatever ends the rest
+            part = files[first : first + _AT_ONCE]
+            stamps = dict(zip(part, pool.map(_stamp, part)))
+            todo = [file for file in part if kept.get(file, [None])[0] != stamps[file]]
+            bar.update(len(part) - len(todo))
+            fresh = {}
+            for file, header in zip(todo, pool.map(read_header, todo)):
+                fresh[file] = [stamps[file], *header]
+                bar.update()
+            found.update({file: fresh.get(file) or kept[file] for file in part})
+            if cache is not None and fresh:
+                _keep(cache, found if len(found) == len(set(files)) else {**kept, **found})
+    return {file: Header(*row[1:]) for file, row in found.items()}
+
+
+def _keep(cache: Path, content: dict[str, list]) -> None:
+    temporary = cache.with_suffix(f".{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content))
         temporary.replace(cache)
-    return found
+    except OSError as error:  # a full disk: the next run reads again
+        logger.warning(f"What is known of the images' files cannot be kept in {cache}: {error}")
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _stamp(file: str) -> list[int]:

@@ -91,7 +91,7 @@ class LossWeights:
                 self._measure(detection, distilled, inputs)
             self._is_first = False
         weights = self._weights(distilled, storage.iter)
-        for losses in weights.values():
+        for losses in weights.values() if comm.is_main_process() else ():  # which alone writes them
             for key, weight in losses.items():
                 storage.put_scalar(f"weight/{key}", weight, smoothing_hint=False)
         return weights

@@ -50,11 +50,13 @@ def large_annotations(image: dict, min_box_size: float) -> list[dict]:
     Returns:
         Those of its annotations.
     """
-    return [
-        annotation
-        for annotation in image.get("annotations", ())
-        if min(BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)[2:]) > min_box_size
-    ]
+    return [x for x in image.get("annotations", ()) if _shorter_side(x["bbox"], x["bbox_mode"]) > min_box_size]
+
+
+def _shorter_side(box: Sequence[float], mode: BoxMode) -> float:
+    if mode == BoxMode.XYXY_ABS:  # BoxMode.convert takes as long as reading the box did
+        return min(box[2] - box[0], box[3] - box[1])
+    return min(BoxMode.convert(box, mode, BoxMode.XYWH_ABS)[2:])
 
 
 class InstanceCollector:

@@ -1,6 +1,9 @@
 """Images that are damaged, rotated, or not of 8 bits: what is reported, and what Detectron2 reads."""
 
 import json
+import logging
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -8,7 +11,9 @@ import pytest
 import torch
 from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageFile
+from portalocker import LockException
 
+from distill.data import images
 from distill.data.check import check_source
 from distill.data.formats import read_coco, read_voc
 from distill.data.images import SEEN, read_header, read_headers
@@ -177,3 +182,50 @@ def test_headers_are_read_again_when_a_file_changed(tmp_path, monkeypatch):
 def test_only_what_needs_it_is_opened_another_way(tmp_path):
     write_flat_voc(tmp_path, ["a"])
     assert not checked(read_voc("x", str(tmp_path), "all")).records[0]["file_name"].startswith(SEEN)
+
+
+@pytest.fixture
+def five_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    for name in "abcde":
+        draw(tmp_path / f"{name}.png")
+    return [str(tmp_path / f"{name}.png") for name in "abcde"]
+
+
+def test_headers_that_were_read_are_kept_when_a_run_is_killed(five_files, monkeypatch):
+    monkeypatch.setattr(images, "_AT_ONCE", 2)
+    seen = []
+
+    def read(file, until=five_files[3]):
+        seen.append(file)
+        if file == until:
+            raise KeyboardInterrupt
+        return read_header(file)
+
+    monkeypatch.setattr(images, "read_header", read)
+    with pytest.raises(KeyboardInterrupt):
+        read_headers(five_files, "k")
+    seen.clear()
+    monkeypatch.setattr(images, "read_header", lambda file: read(file, ""))
+    assert list(read_headers(five_files, "k")) == five_files
+    assert sorted(seen) == five_files[2:]
+    seen.clear()
+    assert read_headers(five_files, "k")[five_files[4]].width == W and not seen
+
+
+def test_headers_wait_for_a_lock_and_need_no_cache(five_files, monkeypatch, caplog):
+    monkeypatch.setattr("distill.data.images.logger.level", logging.INFO)
+    real, refused = images.file_lock, []
+
+    def lock(path):
+        if not refused:
+            refused.append(path)
+            raise LockException("an hour is over")
+        return real(path)
+
+    monkeypatch.setattr(images, "file_lock", lock)
+    monkeypatch.setattr(Path, "write_text", Mock(side_effect=OSError("disk full")))
+    count = Mock(side_effect=read_header)
+    monkeypatch.setattr(images, "read_header", count)
+    assert len(read_headers(five_files, "k")) == 5 and count.call_count == 5 and refused
+    assert "disk full" in caplog.text

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import Boxes, Instances
 
 from distill.data import register_from_config
@@ -68,6 +69,7 @@ def test_every_format_by_every_metric(tmp_path, kind, metric, unregister):  # no
     ]
     assert evaluate(cfg, "cells", tmp_path)["AP"] == pytest.approx(100)
     assert evaluate(cfg, "cells", tmp_path, drop=1)["AP"] == pytest.approx(67, abs=1)
+    assert parse_rec.cache_info().currsize == 0  # or every evaluation would add what it read
 
 
 def test_an_earlier_runs_json_is_not_taken(tmp_path, unregister):  # noqa: F811

@@ -58,7 +58,7 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
     if root:
         logger.info(f"{name}: the category {root['name']!r} is the name of the project (Roboflow's), and no class.")
     check_classes(name, classes)
-    twice = sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []
+    twice = sorted(key for key, number in Counter(keys).items() if number > 1)
     require(not twice, name, f"'{json_file}' has several images of the ids {', '.join(twice[:3])}: expected one each.")
 
     chosen = set(select(name, split, stems, path.parent))

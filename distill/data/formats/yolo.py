@@ -153,7 +153,7 @@ def _read_labels(source: Source, record: dict, path: Path, num_extra: int) -> No
         except ValueError:
             source.faults.append(Fault("annotation unreadable", record, str(path)))
             continue
-        if number not in range(len(source.classes)):
+        if not (number.is_integer() and 0 <= number < len(source.classes)):
             source.faults.append(Fault("class unknown", record, str(path)))
             continue
         annotation = {"bbox_mode": BoxMode.XYXY_ABS, "category_id": int(number), "iscrowd": 0, "relative": True}
