@@ -23,6 +23,9 @@ from .lenient import fit, fit_overrides
 # the node of MODEL that has NUM_CLASSES, by meta-architecture
 CLASS_NODES = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
 
+# what yacs and fvcore raise for a file or an override that they cannot merge
+_MERGE_ERRORS = (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError)
+
 
 def family(arch: str | type) -> str:
     """Which of Detectron2's detectors a meta-architecture is, or is derived from.
@@ -38,10 +41,6 @@ def family(arch: str | type) -> str:
         arch = META_ARCH_REGISTRY.get(arch)
     parents = [parent.__name__ for parent in getattr(arch, "__mro__", ())]
     return next((parent for parent in parents if parent in CLASS_NODES), name)
-
-
-# what yacs and fvcore raise for a file or an override that they cannot merge
-_MERGE_ERRORS = (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError)
 
 
 def resolve_config_file(name: str) -> tuple[str, bool]:

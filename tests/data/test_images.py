@@ -18,7 +18,8 @@ from distill.data.check import check_source
 from distill.data.formats import read_coco, read_voc
 from distill.data.images import SEEN, read_header, read_headers
 from distill.errors import DistillError
-from tests.data.test_formats import H, W, checked, coco, draw, write_flat_voc, xml
+from tests.data.test_coco import coco
+from tests.data.test_formats import H, W, checked, draw, write_flat_voc, xml
 
 
 def cut(path, number=20):
