@@ -152,7 +152,8 @@ class Spoil(HookBase):
     def after_step(self):
         if self.trainer.iter == self.at:
             with torch.no_grad():
-                next(getattr(self.trainer.model.student, self.part).parameters()).fill_(math.nan)
+                for weight in getattr(self.trainer.model.student, self.part).parameters():
+                    weight.fill_(math.nan)
 
 
 @pytest.mark.parametrize(
