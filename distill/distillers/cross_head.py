@@ -68,6 +68,8 @@ class CrossKDDistiller(Distiller):
         node, key = cfg.DISTILL.CROSSKD, "DISTILL.CROSSKD"
         if node.NUM_TEACHER_CONVS < 0:
             raise DistillError(f"{key}.NUM_TEACHER_CONVS is {node.NUM_TEACHER_CONVS}: expected 0 or more, such as 1.")
+        if node.BETA != 0 and node.BETA < 1:  # |t - s|^BETA has no finite gradient where both agree
+            raise DistillError(f"{key}.BETA is {node.BETA}: expected 0, or a number of 1 or more, such as 1.")
         # Detectron2's dense heads have as many channels as their features
         sides = [dict.fromkeys(TOWERS, list(shape.values())[-1]) for shape in (student_shape, teacher_shape)]
         return {

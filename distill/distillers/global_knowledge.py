@@ -26,7 +26,14 @@ from ..modeling.views import DetectorView
 from ..prototypes.bank import PrototypeBank
 from .base import Distiller, shared_levels
 from .build import DISTILLER_REGISTRY
-from .instances import INSTANCES, check_classifications, instance_boxes, mean_over_processes, paired_logits
+from .instances import (
+    INSTANCES,
+    check_classifications,
+    check_corner_anchors,
+    instance_boxes,
+    mean_over_processes,
+    paired_logits,
+)
 
 
 @DISTILLER_REGISTRY.register()
@@ -144,7 +151,9 @@ class GlobalKnowledgeDistiller(Distiller):
         from ..prototypes.hook import PrototypeHook  # it knows the model, which knows the distillers
 
         if self.response_weight is not None:
-            self._check_response(*model.frozen_views([]))  # an error now rather than after the search
+            views = model.frozen_views([])  # an error now rather than after the search
+            self._check_response(*views)
+            check_corner_anchors(*views)
         hooks = [] if self.local_distiller is None else self.local_distiller.build_hooks(model)
         return [PrototypeHook(model, self.prototypes, **self.hook_settings), *hooks]
 

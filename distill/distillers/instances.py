@@ -1,7 +1,7 @@
 """Which boxes or anchors have their classifications compared, and what both sides say of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,18 @@ from ..modeling.views import DetectorView
 
 INSTANCES = ("proposals", "ground_truth")
 
+_SAME_ANCHORS = (
+    "Give both the same anchors and levels (MODEL.ANCHOR_GENERATOR, IN_FEATURES), or leave the comparison of "
+    "classifications out (LogitDistiller; DISTILL.GLOBAL.RESPONSE_ON False)."
+)
+
 
 @dataclass(frozen=True)
 class PairedLogits:
     """The classifications of the same boxes or anchors by both sides.
 
     Attributes:
-        student: ``Tensor[R, K]``, logits; of a box head the last is the background's.
+        student: ``Tensor[R, K]``, logits; of box heads that score it the last is the background's.
         teacher: a tensor of the same shape.
         labels: ``LongTensor[R]``, the true classes, columns of the logits.
         instances: ``LongTensor[R]``, the instance that each belongs to, counted over all images.
@@ -118,7 +123,12 @@ def paired_logits(
             first.append(first[-1] + len(own_boxes))
         rows = torch.cat([truth + start for (_, truth), start in zip(matches, first)])
         pairs = PairedLogits(own, theirs, labels[rows], rows)
-    return pairs if class_map is None else _known(pairs, class_map, student.has_box_head)
+    has_background = student.scores_background and teacher.scores_background
+    if class_map is not None:
+        return _known(pairs, class_map, has_background)
+    if student.has_box_head and not has_background:
+        return replace(pairs, student=pairs.student[:, :-1], teacher=pairs.teacher[:, :-1])
+    return pairs
 
 
 def check_anchors(student: DetectorView, teacher: DetectorView) -> None:
@@ -134,9 +144,29 @@ def check_anchors(student: DetectorView, teacher: DetectorView) -> None:
     if student.num_anchors != teacher.num_anchors:
         raise DistillError(
             f"The student has {student.num_anchors} anchors in this batch and the teacher {teacher.num_anchors}, so "
-            "their classifications cannot be compared. Give both the same anchors and levels, or leave the "
-            "comparison of classifications out (LogitDistiller; DISTILL.GLOBAL.RESPONSE_ON False)."
+            f"their classifications cannot be compared. {_SAME_ANCHORS}"
         )
+
+
+def check_corner_anchors(student: DetectorView, teacher: DetectorView) -> None:
+    """Refuses dense detectors of as many anchors that mean other boxes. A GPU waits for it: call it once.
+
+    Args:
+        student: the student's view.
+        teacher: the teacher's view.
+
+    Raises:
+        DistillError: their anchors or points differ by more than 1 % of the largest.
+    """
+    if not (student.is_dense and teacher.is_dense):
+        return
+    own, theirs = student.corner_anchors, teacher.corner_anchors
+    if own.shape == theirs.shape and (own - theirs).abs().max() <= 0.01 * theirs.abs().max():
+        return
+    raise DistillError(
+        "The anchors of student and teacher differ in size, shape, order or stride, so what they say of one row is of "
+        f"different boxes. {_SAME_ANCHORS}"
+    )
 
 
 def _known(pairs: PairedLogits, class_map: Mapping[int, int], has_background: bool) -> PairedLogits:
@@ -156,7 +186,12 @@ def _known(pairs: PairedLogits, class_map: Mapping[int, int], has_background: bo
 
 
 def check_classifications(
-    student: DetectorView, teacher: DetectorView, class_map: Mapping[int, int] | None, what: str, otherwise: str
+    student: DetectorView,
+    teacher: DetectorView,
+    class_map: Mapping[int, int] | None,
+    what: str,
+    otherwise: str,
+    with_softmax: bool = True,
 ) -> None:
     """Refuses detectors whose classifications cannot be compared.
 
@@ -166,9 +201,10 @@ def check_classifications(
         class_map: see :func:`paired_logits`.
         what: compares them, for the message.
         otherwise: what to do instead, for the message.
+        with_softmax: whether classes are compared with each other, so that one alone says nothing.
 
     Raises:
-        DistillError: they are of different families, or have different classes and no map.
+        DistillError: they are of different families, or have different classes and no map, or there is one class.
     """
     differences = []
     for side, view in (("student", student), ("teacher", teacher)):
@@ -191,3 +227,9 @@ def check_classifications(
                 f"DISTILL.CLASS_MAP names class {beyond[0]} of the {side}, which has {view.num_classes}: expected 0 to "
                 f"{view.num_classes - 1}."
             )
+    has_background = student.scores_background and teacher.scores_background
+    if with_softmax and len(class_map or range(student.num_classes)) + has_background < 2:
+        raise DistillError(
+            f"{what} compares classes with each other, and there is one class only, without background: for RetinaNet "
+            f"and FCOS choose LogitDistiller with DISTILL.LOGIT.KIND BCKD, or {otherwise}."
+        )

@@ -17,6 +17,7 @@ from .instances import (
     INSTANCES,
     check_anchors,
     check_classifications,
+    check_corner_anchors,
     instance_boxes,
     mean_over_processes,
     paired_logits,
@@ -87,7 +88,9 @@ class LogitDistiller(Distiller):
         }
 
     def build_hooks(self, model: nn.Module) -> list[HookBase]:
-        self._check(*model.frozen_views([]))  # before the first step
+        views = model.frozen_views([])  # an error before the first step
+        self._check(*views)
+        check_corner_anchors(*views)
         return []
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> dict[str, Tensor]:
@@ -117,15 +120,10 @@ class LogitDistiller(Distiller):
         }
 
     def _check(self, student: DetectorView, teacher: DetectorView) -> None:
-        check_classifications(student, teacher, self.class_map, "LogitDistiller", "leave this distiller out")
+        what = f"LogitDistiller of DISTILL.LOGIT.KIND {self.kind}", "leave this distiller out"
+        check_classifications(student, teacher, self.class_map, *what, with_softmax=self.kind != "BCKD")
         if self.kind == "BCKD" and not student.is_dense:
             raise DistillError(
                 "DISTILL.LOGIT.KIND is BCKD, which compares classes one by one, as RetinaNet and FCOS tell them apart: "
                 "expected KD or DKD for a detector with a box head."
-            )
-        number = student.num_classes if self.class_map is None else len(self.class_map)
-        if self.kind != "BCKD" and student.is_dense and number < 2:
-            raise DistillError(
-                f"DISTILL.LOGIT.KIND is {self.kind}, which compares classes with each other, and there is one class "
-                "only: choose BCKD."
             )

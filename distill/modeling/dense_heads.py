@@ -150,6 +150,46 @@ def _cut(tower: nn.Sequential, num_convs: int, is_activated: bool) -> int:
     return start if is_activated else max(0, start - 1)
 
 
+def logits_at(levels: Sequence[Tensor], rows: Sequence[Tensor], num_classes: int) -> Tensor:
+    """Some anchors' logits; the others are not copied.
+
+    Args:
+        levels: ``Tensor[N, A K, H, W]`` each.
+        rows: for each image a ``LongTensor[P]``, anchors in the order of Detectron2's dense heads.
+        num_classes: K.
+
+    Returns:
+        ``Tensor[P', K]``, P' counting the rows of all images.
+    """
+    images = torch.cat([torch.full_like(own, index) for index, own in enumerate(rows)])
+    wanted = torch.cat(list(rows))
+    found, first = None, 0
+    for level in levels:
+        height, width = level.shape[2:]
+        by_anchor = level.unflatten(1, (-1, num_classes))
+        number = by_anchor.shape[1] * height * width
+        inside = (wanted >= first) & (wanted < first + number)
+        here = (wanted - first).clamp(0, number - 1)  # what is elsewhere is thrown away: no wait for the GPU
+        cell, anchor = here // by_anchor.shape[1], here % by_anchor.shape[1]
+        own = by_anchor[images, anchor, :, cell // width, cell % width]
+        found = own if found is None else torch.where(inside[:, None], own, found)
+        first += number
+    return found
+
+
+def corner_anchors(detector: nn.Module) -> Tensor:
+    """What a dense detector's outputs stand for in the first 2 x 2 cells of each of its levels.
+
+    Args:
+        detector: a dense detector.
+
+    Returns:
+        ``Tensor[R, 4]``: the anchors, or the points as empty boxes, in pixels of the image as the detector sees it.
+    """
+    numbers = detector.anchor_generator.num_anchors
+    return decode_boxes(detector, [torch.zeros(1, 4 * number, 2, 2, device=detector.device) for number in numbers])[0]
+
+
 def decode_boxes(detector: nn.Module, deltas: Sequence[Tensor]) -> Tensor:
     """The boxes of a dense detector's anchors (or points).
 

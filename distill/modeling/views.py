@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from .dense_heads import box_deltas, check_towers, class_logits, decode_boxes, finish_towers, start_towers
+from . import dense_heads
 from .precision import autocast, autocast_dtype
 from .scaling import Scaling
 from .taps import recorded_inputs
@@ -142,6 +142,17 @@ class DetectorView:
         return self._outputs[name]
 
     @property
+    def scores_background(self) -> bool:
+        """Whether the last column of the box head's logits, background, was trained: not with USE_SIGMOID_CE."""
+        return self.has_box_head and not getattr(self._first_stage("box_predictor"), "use_sigmoid_ce", False)
+
+    def _first_stage(self, name: str) -> nn.Module:
+        """A part of the box head; of a Cascade R-CNN, its first stage's, which is the one that sees proposals as they
+        come."""
+        module = getattr(self._detector.roi_heads, name)
+        return module[0] if isinstance(module, (nn.ModuleList, list)) else module
+
+    @property
     def is_dense(self) -> bool:
         """Whether the detector classifies anchors or points (RetinaNet, FCOS)."""
         return hasattr(self._detector, "head_in_features")
@@ -172,7 +183,7 @@ class DetectorView:
         Raises:
             DistillError: the detector is none.
         """
-        return self._dense_output(0, class_logits)
+        return self._dense_output(0, dense_heads.class_logits)
 
     @cached_property
     def box_deltas(self) -> list[Tensor]:
@@ -181,7 +192,7 @@ class DetectorView:
         Raises:
             DistillError: the detector is none.
         """
-        return self._dense_output(1, box_deltas)
+        return self._dense_output(1, dense_heads.box_deltas)
 
     def decode(self, deltas: Sequence[Tensor]) -> Tensor:
         """The boxes that deltas mean at the anchors (or points) of a dense detector.
@@ -192,7 +203,7 @@ class DetectorView:
         Returns:
             ``Tensor[N, R, 4]``, corners in pixels of the (padded, whole) image, in the order of :attr:`anchor_logits`.
         """
-        return decode_boxes(self._detector, deltas) * self._scaling.factor
+        return dense_heads.decode_boxes(self._detector, deltas) * self._scaling.factor
 
     def tower_inputs(self, num_convs: int, is_activated: bool = True) -> tuple[list[Tensor], list[Tensor]]:
         """What the last convolutions of a dense student's two towers were given in this step, see :meth:`check_towers`.
@@ -223,7 +234,7 @@ class DetectorView:
             As :meth:`tower_inputs`, not activated; the detector's features where all convolutions are left.
         """
         with self._running():
-            return start_towers(self._detector.head, self._head_features, num_convs)
+            return dense_heads.start_towers(self._detector.head, self._head_features, num_convs)
 
     def finish_towers(
         self, classes: Sequence[Tensor], boxes: Sequence[Tensor], num_convs: int, is_activated: bool = True
@@ -240,7 +251,7 @@ class DetectorView:
             As :attr:`class_logits` and :attr:`box_deltas`, in the cells that the view shows.
         """
         with autocast(self._detector.device, self._dtype):
-            logits, deltas = finish_towers(self._detector.head, classes, boxes, num_convs, is_activated)
+            logits, deltas = dense_heads.finish_towers(self._detector.head, classes, boxes, num_convs, is_activated)
         return self._cropped(logits), self._cropped(deltas)
 
     @property
@@ -258,7 +269,7 @@ class DetectorView:
         Raises:
             DistillError: it is otherwise.
         """
-        check_towers(self._detector, num_convs, channels)
+        dense_heads.check_towers(self._detector, num_convs, channels)
 
     @property
     def num_positive_anchors(self) -> Tensor:
@@ -266,6 +277,12 @@ class DetectorView:
         this step, padding included."""
         labels = torch.cat([x.flatten() for x in self._outputs["label_anchors"][0]])
         return ((labels >= 0) & (labels < self.num_classes)).sum()
+
+    @property
+    def corner_anchors(self) -> Tensor:
+        """``Tensor[R, 4]``: the anchors of a dense detector (or its points, as empty boxes) in the first 2 x 2 cells of
+        each level that its head stands on, in pixels of the whole image."""
+        return dense_heads.corner_anchors(self._detector) * self._scaling.factor
 
     @property
     def num_anchors(self) -> int:
@@ -294,20 +311,7 @@ class DetectorView:
         Raises:
             DistillError: the detector has no anchors with classes.
         """
-        images = torch.cat([torch.full_like(own, index) for index, own in enumerate(rows)])
-        wanted = torch.cat(list(rows))
-        found, first = None, 0
-        for level in self.class_logits:
-            height, width = level.shape[2:]
-            by_anchor = level.unflatten(1, (-1, self.num_classes))
-            number = by_anchor.shape[1] * height * width
-            inside = (wanted >= first) & (wanted < first + number)
-            here = (wanted - first).clamp(0, number - 1)  # what is elsewhere is thrown away: no wait for the GPU
-            cell, anchor = here // by_anchor.shape[1], here % by_anchor.shape[1]
-            own = by_anchor[images, anchor, :, cell // width, cell % width]
-            found = own if found is None else torch.where(inside[:, None], own, found)
-            first += number
-        return found
+        return dense_heads.logits_at(self.class_logits, rows, self.num_classes)
 
     @torch.no_grad()
     def match_anchors(self) -> list[tuple[Tensor, Tensor]]:
@@ -351,8 +355,7 @@ class DetectorView:
         return [self._own_features[level] for level in self._detector.head_in_features]
 
     def box_head(self, boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
-        """The box head's outputs on given boxes. Of a Cascade R-CNN, it is the first stage's, which is the one
-        that sees proposals as they come.
+        """The box head's outputs on given boxes. Of a Cascade R-CNN, it is the first stage's.
 
         Args:
             boxes: boxes of each image, in pixels of the (padded, whole) image.
@@ -370,14 +373,10 @@ class DetectorView:
                 "R-CNN with FPN."
             )
         heads = self._detector.roi_heads
-        box_head, box_predictor = (
-            module[0] if isinstance(module, (nn.ModuleList, list)) else module
-            for module in (heads.box_head, heads.box_predictor)
-        )
         with self._running():
             features = [self._own_features[level] for level in heads.box_in_features]
             pooled = heads.box_pooler(features, self._scaling.boxes(boxes))
-            return box_predictor(box_head(pooled))
+            return self._first_stage("box_predictor")(self._first_stage("box_head")(pooled))
 
 
 def align(student: DetectorView, teacher: DetectorView) -> None:

@@ -174,9 +174,10 @@ def test_heads_that_do_not_fit_are_refused_before_the_first_step(tmp_path, overr
         build_hooks(model)
 
 
-def test_fewer_than_no_convolutions_are_refused(tmp_path):
-    with pytest.raises(DistillError, match="NUM_TEACHER_CONVS is -1"):
-        build_pair(tmp_path, "retinanet", **{"DISTILL.CROSSKD.NUM_TEACHER_CONVS": -1})
+@pytest.mark.parametrize("key, value", [("NUM_TEACHER_CONVS", -1), ("BETA", 0.5), ("BETA", -1.0)])
+def test_numbers_out_of_range_are_refused(tmp_path, key, value):
+    with pytest.raises(DistillError, match=f"{key} is {value}"):
+        build_pair(tmp_path, "retinanet", **{f"DISTILL.CROSSKD.{key}": value})
 
 
 def test_a_head_of_other_channels_than_its_features_is_refused(tmp_path):

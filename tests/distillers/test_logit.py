@@ -130,10 +130,61 @@ def test_other_classes_are_refused_before_the_first_step(tmp_path):
         build_hooks(model)
 
 
-def test_one_class_of_a_dense_head_is_refused(tmp_path):
-    model = seven_class_pair(tmp_path, "retinanet", ["0=1"])
-    with pytest.raises(DistillError, match="one class only: choose BCKD"):
+@pytest.mark.parametrize("name", ["LogitDistiller", "GlobalKnowledgeDistiller"])
+def test_one_class_of_a_dense_head_is_refused(tmp_path, name):
+    model = seven_class_pair(tmp_path, "retinanet", ["0=1"], **{"DISTILL.DISTILLERS": [name]})
+    with pytest.raises(DistillError, match="one class only, without background: .* BCKD"):
         build_hooks(model)
+
+
+@pytest.mark.parametrize("name", ["LogitDistiller", "GlobalKnowledgeDistiller"])
+def test_one_class_of_a_box_head_is_compared_with_background(tmp_path, name):
+    build_hooks(seven_class_pair(tmp_path, "faster_rcnn", ["0=1"], **{"DISTILL.DISTILLERS": [name]}))
+
+
+@pytest.mark.parametrize("kind", ["KD", "BCKD"])
+@pytest.mark.parametrize(
+    "anchors", [{"SIZES": [[24], [48], [96], [192], [384]]}, {"ASPECT_RATIOS": [[2.0, 1.0, 0.5]]}, {"OFFSET": 0.5}]
+)
+def test_anchors_that_mean_other_boxes_are_refused(tmp_path, kind, anchors):
+    same = {"MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [128], [256]]}
+    given = write_teacher(tmp_path, detector_cfg("retinanet", **same))
+    for other in ({}, {f"MODEL.ANCHOR_GENERATOR.{key}": value for key, value in anchors.items()}):
+        student = detector_cfg("retinanet", **same | other)
+        model = build_model(distillation_cfg(student, given, **LOGIT, **{"DISTILL.LOGIT.KIND": kind}))
+        if other:
+            with pytest.raises(DistillError, match="The anchors of student and teacher differ in size"):
+                build_hooks(model)
+        else:
+            build_hooks(model)
+
+
+def test_points_are_not_compared_with_anchors(tmp_path):
+    one = {"MODEL.ANCHOR_GENERATOR.SIZES": [[32]], "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]]}
+    given = write_teacher(tmp_path, detector_cfg("retinanet", **one))
+    model = build_model(distillation_cfg(detector_cfg("fcos"), given, **LOGIT))
+    with pytest.raises(DistillError, match="differ in size"):
+        build_hooks(model)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("classes", [[], ["0=2", "2=1"]])
+@pytest.mark.parametrize("kind", ["KD", "DKD"])
+def test_the_background_of_heads_that_train_with_sigmoids_is_not_compared(tmp_path, side, classes, kind):
+    settings = {"DISTILL.LOGIT.KIND": kind, "DISTILL.CLASS_MAP": classes, "DISTILL.LOGIT.INSTANCES": "ground_truth"}
+    model = build_pair(tmp_path, "faster_rcnn", names=["LogitDistiller"], **settings)
+    batch = random_batch((64, 96), (61, 75))
+    predictors = {
+        name: x.roi_heads.box_predictor for name, x in (("student", model.student), ("teacher", model.teacher.model))
+    }
+    losses = []
+    for has_sigmoids in (False, True):
+        predictors[side].use_sigmoid_ce = has_sigmoids  # an attribute of Detectron2's newer heads
+        for bias in (0.0, 3.0):
+            predictors["teacher"].cls_score.bias.data[-1] = bias
+            losses.append(step(model, batch)["loss_logit"])
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert losses[2] == losses[3] > 0
 
 
 def test_students_that_train_on_predicted_boxes_are_compared_on_what_their_heads_saw(tmp_path):
