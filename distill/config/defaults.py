@@ -274,7 +274,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     # A name of timm's, such as "mobilenetv4_conv_small"; see timm.list_models()
     _C.MODEL.TIMM.NAME = "mobilenetv2_100"
     # Which of timm's stages the FPN takes, finest first, by timm's numbers. Empty: all of stride 4 and more. A head on
-    # P3 to P7 uses one less: [2, 3, 4] saves it.
+    # P3 to P7 uses one less: [2, 3, 4] saves it. MODEL.BACKBONE.FREEZE_AT counts strides, not these.
     _C.MODEL.TIMM.OUT_INDICES = []
     # What the network's batch norms are: "BN", "FrozenBN", "SyncBN" or "GN"
     _C.MODEL.TIMM.NORM = "FrozenBN"

@@ -36,7 +36,7 @@ class TimmBackbone(Backbone):
         norm: what its batch norms are: "BN", "FrozenBN", "SyncBN" or "GN". Other norms stay as they are.
         weights: see :func:`read_weights`; or one of timm's tags.
         freeze_at: as MODEL.BACKBONE.FREEZE_AT of Detectron2's ResNet: 0 freezes nothing, 1 the first convolution
-            and its norm, k all up to the (k - 1)th of the stages. Their batch norms become FrozenBN.
+            and its norm, k all up to the stage of stride 2^k. Their batch norms become FrozenBN.
 
     Attributes:
         pretrained: timm's name of the weights that it starts from; empty for a file's, or none.
@@ -76,7 +76,7 @@ class TimmBackbone(Backbone):
                 f"MODEL.TIMM.NAME: {name} cannot take images of {_PROBE}x{_PROBE} pixels ({error}); a detector needs a "
                 "network that takes any size."
             ) from error
-        _freeze(network, freeze_at, len(self.strides))
+        _freeze(network, name, freeze_at, self.strides)
         self.body = _with_norm(network, norm)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -219,18 +219,37 @@ def _flat(key: str) -> str:
     return key.replace(".", "_")
 
 
-def _freeze(network: nn.Module, freeze_at: int, num_stages: int) -> None:
-    if not 0 <= freeze_at <= num_stages + 1:
+def _freeze(network: nn.Module, name: str, freeze_at: int, strides: Sequence[int]) -> None:
+    if not 0 <= freeze_at <= math.log2(strides[-1]):
         raise DistillError(
-            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}; with {num_stages} stages it can be 0 to {num_stages + 1}."
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: expected 0 to {int(math.log2(strides[-1]))} for a network whose "
+            f"last stage has stride {strides[-1]}. 0 freezes nothing, 1 the first convolution, 2 all up to stride 4."
         )
     if freeze_at == 1:
         first, *others = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
         for module in (first, *(m for m in others[:1] if isinstance(m, nn.BatchNorm2d))):
             module.requires_grad_(False)
     elif freeze_at > 1:
-        for weight in _used_weights(network, slice(freeze_at - 2, freeze_at - 1)):
-            weight.requires_grad_(False)
+        frozen = _names_up_to(network, name, 2**freeze_at, strides)
+        for key, weight in network.named_parameters():
+            weight.requires_grad_(key not in frozen)
+
+
+def _names_up_to(network: nn.Module, name: str, stride: int, strides: Sequence[int]) -> set[str]:
+    """The weights that the stages up to a stride are computed from."""
+    if stride in strides:
+        index = strides.index(stride)
+    else:  # finer than what the FPN takes
+        whole = _stages(name)
+        found = [i for i, own in enumerate(whole.feature_info.reduction()) if own <= stride]
+        if not found:
+            raise DistillError(
+                f"MODEL.BACKBONE.FREEZE_AT is {int(math.log2(stride))}, and {name} has no stage of stride {stride} or "
+                "less: expected 0, 1, or a coarser stage."
+            )
+        network, index = whole, found[-1]
+    used = {id(weight) for weight in _used_weights(network, slice(index, index + 1))}
+    return {key for key, weight in network.named_parameters() if id(weight) in used}
 
 
 def _used_weights(network: nn.Module, stages: slice) -> list[nn.Parameter]:
