@@ -16,7 +16,6 @@ from argparse import ArgumentParser, Namespace
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from distill.config import check_output_dir, check_solver, records_kept
 from distill.data import check_datasets, register_from_config
@@ -35,7 +34,7 @@ def argument_parser() -> ArgumentParser:
     group.add_argument("--distill", metavar="NAMES", help="distil a plain config by these distillers, comma-separated")
     group.add_argument("--teacher-config", metavar="FILE", help="sets DISTILL.TEACHER.CONFIG_FILE")
     group.add_argument("--teacher-weights", metavar="FILE", help="sets DISTILL.TEACHER.WEIGHTS")
-    group.add_argument("--eval-teacher", action="store_true", help="with --eval-only: evaluate the teacher")
+    group.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher")
     return parser
 
 
@@ -51,6 +50,7 @@ def setup(args: Namespace) -> Recipe:
     Raises:
         DistillError: see :mod:`distill.config` and :mod:`distill.data.register`.
     """
+    args.eval_only |= args.eval_teacher
     if not args.config_file:
         raise DistillError("--config-file is missing. Give a config file, such as configs/demo/review.yaml.")
     recipe = load_recipe(args.config_file, args.opts)
@@ -70,8 +70,8 @@ def setup(args: Namespace) -> Recipe:
     on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
-    register_from_config(cfg)
-    check_datasets(cfg)
+    register_from_config(cfg, cfg.DATASETS.TEST if args.eval_only else ())
+    check_datasets(cfg, is_training=not args.eval_only)
     recipe.check_evaluation(args.eval_only)
     if not args.eval_only:
         recipe.check()
@@ -80,9 +80,8 @@ def setup(args: Namespace) -> Recipe:
         check_solver(cfg, comm.get_world_size())
     check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
-    with records_kept(cfg.OUTPUT_DIR) if args.eval_only or args.eval_teacher else contextlib.nullcontext():
+    with records_kept(cfg.OUTPUT_DIR) if args.eval_only else contextlib.nullcontext():
         recipe.setup(args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     if on_cpu:
         logger.info("No CUDA GPU is available: running on the CPU.")
     elif cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available():  # a run that began without a GPU says so

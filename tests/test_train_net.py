@@ -246,7 +246,10 @@ def test_trains_and_evaluates_on_bccd(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     record = read_metrics(tmp_path / "out")
     assert 0 <= record["bbox/AP50"] <= 100 and record["loss_review"] > 0
-    teacher = run_script("train_net.py", *arguments, "--eval-only", "--eval-teacher")
+    written = (tmp_path / "out" / "config.yaml").read_text()
+    gone = ["DATASETS.REGISTER", str(["bccd_train=voc:/nowhere:trainval", register[1]])]
+    teacher = run_script("train_net.py", *arguments, "--eval-teacher", *gone)
+    assert (tmp_path / "out" / "config.yaml").read_text() == written  # which starts the training again
     assert teacher.returncode == 0 and "Evaluating bccd_test (as VOC) using 2012 metric" in teacher.stdout, (
         teacher.stderr[-3000:]
     )
@@ -272,11 +275,12 @@ def test_trains_and_evaluates_mask_rcnn_on_coco_mini_and_evaluates_the_checkpoin
     found = take_detections(tmp_path / "out" / "inference")
     weights = str(tmp_path / "out" / "model_final.pth")
     config = str(tmp_path / "out" / "config.yaml")
-    # the teacher is gone: evaluating a student does not need it
+    # teacher and training images are gone: evaluating a student does not need them
     (tmp_path / "teacher.pth").unlink()
     (tmp_path / "teacher.yaml").unlink()
     record = Path(config).read_text()
-    results = run_script("train_net.py", "--eval-only", "--config-file", config, "MODEL.WEIGHTS", weights)
+    gone = ["DATASETS.REGISTER", str(["coco_mini_train=coco:/nowhere/train.json:/nowhere", register[1]])]
+    results = run_script("train_net.py", "--eval-only", "--config-file", config, "MODEL.WEIGHTS", weights, *gone)
     assert results.returncode == 0, results.stderr[-3000:]
     assert Path(config).read_text() == record  # which starts the training again
     check_same_detections(take_detections(tmp_path / "out" / "inference"), found)

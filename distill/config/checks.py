@@ -42,6 +42,7 @@ def check_solver(cfg: CfgNode, num_workers: int) -> None:
         "MAX_ITER": (node.MAX_ITER > 0, "a number of iterations above 0"),
         "ACCUMULATE": (node.ACCUMULATE > 0, "the number of batches that make a step, above 0"),
         "BASE_LR": (node.BASE_LR >= 0, "a learning rate, such as 0.01"),
+        "CHECKPOINT_PERIOD": (node.CHECKPOINT_PERIOD > 0, "a number of iterations above 0, such as 5000"),
     }
     for key, (is_valid, meaning) in expected.items():
         if not is_valid:
@@ -108,6 +109,9 @@ def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
         return cfg
     frozen = scaled.is_frozen()
     scaled.defrost()
+    # Detectron2's rounds to 0, which is no checkpoint and no evaluation
+    scaled.SOLVER.CHECKPOINT_PERIOD = max(1, scaled.SOLVER.CHECKPOINT_PERIOD)
+    scaled.TEST.EVAL_PERIOD = max(min(1, cfg.TEST.EVAL_PERIOD), scaled.TEST.EVAL_PERIOD)
     scale_iterations(scaled.DISTILL, num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE)
     if frozen:
         scaled.freeze()

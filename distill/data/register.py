@@ -55,11 +55,12 @@ def register_datasets(
         _registered[name] = wanted
 
 
-def register_from_config(cfg: CfgNode) -> None:
+def register_from_config(cfg: CfgNode, names: Sequence[str] = ()) -> None:
     """Registers DATASETS.REGISTER as the config's other keys say.
 
     Args:
         cfg: the full config.
+        names: the datasets that are needed, such as DATASETS.TEST; empty for all.
 
     Raises:
         DistillError: see :func:`register_datasets`, or INPUT.TRUNCATED is unknown.
@@ -67,7 +68,8 @@ def register_from_config(cfg: CfgNode) -> None:
     truncated = cfg.INPUT.TRUNCATED
     if truncated not in ("error", "load"):
         raise DistillError(f"INPUT.TRUNCATED is {truncated!r}: expected error or load.")
-    register_datasets(cfg.DATASETS.REGISTER, cfg.DATASETS.CHECK, cfg.DATASETS.METRIC, truncated == "load")
+    entries = [x for x in cfg.DATASETS.REGISTER if not names or str(x).partition("=")[0] in names]
+    register_datasets(entries, cfg.DATASETS.CHECK, cfg.DATASETS.METRIC, truncated == "load")
 
 
 def _register(name: str, source: Source, evaluator_type: str) -> None:
@@ -100,18 +102,20 @@ def _register(name: str, source: Source, evaluator_type: str) -> None:
     logger.info(f"{name}: {len(records)} images, {objects} objects of {len(source.classes)} classes")
 
 
-def check_datasets(cfg: CfgNode) -> None:
+def check_datasets(cfg: CfgNode, is_training: bool = True) -> None:
     """Checks the datasets that a config trains and tests on, before anything is loaded.
 
     Args:
         cfg: the full config; its datasets are registered.
+        is_training: False if it is evaluated only, so that what it trains on need not be there.
 
     Raises:
         DistillError: there is no such dataset, its classes are not those of the others or not as many as the
             student's, or it has no masks as the student needs them, or no keypoints.
     """
     node = CLASS_NODES.get(family(detector_config(cfg).MODEL.META_ARCHITECTURE))
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    trained_on = cfg.DATASETS.TRAIN if is_training else ()
+    names = (*trained_on, *cfg.DATASETS.TEST)
     for name in names:
         if name not in DatasetCatalog.list():
             raise DistillError(
@@ -140,7 +144,7 @@ def check_datasets(cfg: CfgNode) -> None:
             )
     for name in names if cfg.MODEL.MASK_ON else ():
         masks = MetadataCatalog.get(name).get("masks")
-        is_trained_on = name in cfg.DATASETS.TRAIN
+        is_trained_on = name in trained_on
         if masks == [] and (is_trained_on or MetadataCatalog.get(name).evaluator_type == "coco"):
             raise DistillError(
                 f"The dataset {name} has boxes alone, but the model has a mask head: expected polygons or masks to "

@@ -40,7 +40,7 @@ def evaluate_teacher(recipe: Recipe) -> dict:
     cfg = recipe.cfg
     own = teacher_recipe(cfg)
     own.cfg.DATASETS = cfg.DATASETS
-    check_datasets(own.cfg)
+    check_datasets(own.cfg, is_training=False)
     results = recipe.evaluate(load_detector(own, "teacher"), teacher_mapper(recipe, own), "teacher/inference")
     if comm.is_main_process():
         verify_results(own.cfg, results)

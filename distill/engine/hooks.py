@@ -6,12 +6,13 @@ import os
 from typing import Any
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from fvcore.common.checkpoint import Checkpointer
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DistillError
+from ..modeling import DistillationModel
 from .checkpoints import PREVIOUS_BEST, write_file
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,39 @@ class BestCheckpoint(HookBase):
             return
         self._best = best
         logger.info(f"{self.path} is the best so far, with {metric} {value:.2f} after {done} iterations")
+
+
+class Evaluate(hooks.EvalHook):
+    """Detectron2's, which also evaluates a training that fails in its last iteration, before it tells the failure, and
+    of several processes only those that failed: not this one."""
+
+    def before_train(self) -> None:
+        self._reached = -1
+
+    def after_step(self) -> None:
+        self._reached = self.trainer.iter
+        super().after_step()
+
+    def after_train(self) -> None:
+        if self.trainer.start_iter >= self.trainer.max_iter or self._reached == self.trainer.max_iter - 1:
+            super().after_train()
+
+
+class StudentAlone(nn.Module):
+    """A distilled student without its teacher and distillers, as Detectron2's ``PreciseBN`` hook is to run it.
+
+    Args:
+        model: of the run.
+    """
+
+    def __init__(self, model: DistillationModel) -> None:
+        super().__init__()
+        self.student = model.student
+        self._forward = model.forward_student
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """See :meth:`DistillationModel.forward_student`."""
+        return self._forward(batched_inputs)
 
 
 class CheckGradients(HookBase):

@@ -73,7 +73,18 @@ class StepTrainer(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned, also that of a training in another precision."""
+        """Loads what :meth:`state_dict` returned, also that of a training in another precision.
+
+        Args:
+            state_dict: what it returned.
+
+        Raises:
+            ValueError: it is of another optimizer, which torch would find out in the next step only.
+        """
+        own, given = (set(x["param_groups"][0]) for x in (self.optimizer.state_dict(), state_dict["optimizer"]))
+        lacking = own - given - {"initial_lr"}
+        if lacking:
+            raise ValueError(f"the optimizer's state is another optimizer's: it lacks {', '.join(sorted(lacking))}.")
         super().load_state_dict(state_dict)
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

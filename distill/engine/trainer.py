@@ -13,20 +13,21 @@ from detectron2.engine import HookBase, TrainerBase, create_ddp_model, default_w
 from detectron2.evaluation import verify_results
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import DistillError
-from ..modeling import DistillationModel
+from ..modeling import AlignedTeacher, DistillationModel
 from ..modeling.backbones import freeze_unused_levels
 from ..modeling.checkpoint import describe_weights
 from ..modeling.precision import amp_dtype, keep_coordinates
 from ..modeling.timm_weights import check_backbone, warn_of_other_images
 from ..recipes import Recipe, as_recipe
 from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
-from .hooks import BestCheckpoint, CheckGradients, DrawDenseDetections
+from .hooks import BestCheckpoint, CheckGradients, DrawDenseDetections, Evaluate, StudentAlone
 from .launch import ddp_device_ids
 from .steps import StepTrainer
 
@@ -46,6 +47,8 @@ class Trainer(TrainerBase):
     def __init__(self, recipe: Recipe | CfgNode) -> None:
         super().__init__()
         self.recipe = as_recipe(recipe)
+        if not logger.isEnabledFor(logging.INFO):  # nobody set it up, as DefaultTrainer has it
+            setup_logger(self.recipe.cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
         self.recipe.scale_workers(comm.get_world_size())
         self.cfg = cfg = self.recipe.cfg
         self.results: dict | None = None  # of the last evaluation
@@ -122,13 +125,19 @@ class Trainer(TrainerBase):
         if isinstance(model, DistillationModel):
             found.append(CheckGradients(model.distillers))
             found += [hook for distiller in model.distillers.values() for hook in distiller.build_hooks(model)]
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+        own = StudentAlone(model) if isinstance(model, DistillationModel) else model
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(own):
+            if isinstance(model, AlignedTeacher):
+                raise DistillError(
+                    "TEST.PRECISE_BN.ENABLED is True, and an AlignedTeacher runs its backbone twice in a step, at two "
+                    "sizes, which fvcore's PreciseBN does not take: set it to False, or MODEL.RESNETS.NORM to FrozenBN."
+                )
             loader = self.recipe.build_train_loader(num_workers=0)  # another one, which leaves the training's alone
-            found.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER))
+            found.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, own, loader, cfg.TEST.PRECISE_BN.NUM_ITER))
         if comm.is_main_process():
             settings = {"max_to_keep": self.recipe.max_checkpoints}
             found.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, **settings))
-        found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))  # behind the checkpoint, in case it fails
+        found.append(Evaluate(cfg.TEST.EVAL_PERIOD, self._evaluate))  # behind the checkpoint, in case it fails
         if comm.is_main_process():
             found.append(BestCheckpoint(self.checkpointer, cfg.TEST.BEST_METRIC))
             writers = default_writers(cfg.OUTPUT_DIR, self.max_iter)
@@ -143,7 +152,8 @@ class Trainer(TrainerBase):
 
     def _evaluate(self) -> dict:
         try:
-            self.results = self.recipe.evaluate(self.model)
+            # not by DDP, which may exchange buffers in each forward, while processes have other numbers of images
+            self.results = self.recipe.evaluate(self._unwrapped_model())
         except Exception as error:  # of an evaluator, of a dataset
             reason = str(error)
             if not isinstance(error, DistillError):

@@ -191,14 +191,11 @@ def register_test_sets(recipe: Recipe) -> None:
     Raises:
         DistillError: there is none, it does not exist, or it has another number of classes.
     """
-    cfg = recipe.cfg.clone()
-    cfg.defrost()
-    cfg.DATASETS.TRAIN = ()  # nobody needs it here
+    cfg = recipe.cfg
     if not cfg.DATASETS.TEST:
         raise DistillError("DATASETS.TEST names no test set: set it to a dataset of the detector's classes.")
-    cfg.DATASETS.REGISTER = [x for x in cfg.DATASETS.REGISTER if str(x).partition("=")[0] in cfg.DATASETS.TEST]
-    register_from_config(cfg)
-    check_datasets(cfg)
+    register_from_config(cfg, cfg.DATASETS.TEST)
+    check_datasets(cfg, is_training=False)
 
 
 def random_inputs(size: tuple[int, int], number: int) -> list[dict]:

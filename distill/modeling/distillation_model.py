@@ -181,6 +181,20 @@ class DistillationModel(Wrapper):
                 losses.update({key: loss * weights[name][key] for key, loss in own.items()})
         return losses
 
+    def forward_student(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """The student's forward pass in training mode, without the teacher and the distillers.
+
+        Args:
+            batched_inputs: a batch in Detectron2's format.
+
+        Returns:
+            The detection losses, ``dict[str, Tensor[]]``.
+        """
+        losses = self.student(self._scaling.batch(batched_inputs, self.student.device))
+        for tap in (self._tap, *self._taps.values()):
+            tap.forget()
+        return losses
+
     def _given(self, record: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         """What the distillers are given of the student, in float32 where they compute in it."""
         images, features = record

@@ -10,6 +10,8 @@ from ..errors import DistillError
 
 logger = logging.getLogger(__name__)
 
+_COUNTER = ".num_batches_tracked"  # of a batch norm that trains; a frozen one has none
+
 
 def inheritable_weights(
     student: nn.Module,
@@ -43,7 +45,7 @@ def inheritable_weights(
                 f"DISTILL.STUDENT.INHERIT names {prefix!r}, but no weight of the student begins so. Its parts are: "
                 f"{', '.join(parts)}."
             )
-    wanted = [key for key in own if key.startswith(tuple(prefixes))]
+    wanted = [key for key in own if key.startswith(tuple(prefixes)) and (key in given or not key.endswith(_COUNTER))]
     misfits = [
         f"{key} is {tuple(own[key].shape)} in the student and "
         f"{tuple(given[key].shape) if key in given else 'missing'} in the teacher"

@@ -84,9 +84,9 @@ class LossWeights:
             if self._is_first:
                 _check_dependence(distilled, inputs)
                 self._update_scales()  # what a checkpoint brought
-            unmeasured = self._is_first and self._balance and len(self._scales) < len(self._distillers)
+            unmeasured = self._balance and len(self._scales) < len(self._distillers)
             due = self._period and storage.iter % self._period == 0 and storage.iter != self._measured_at
-            if due or unmeasured:  # once a step, which may have several batches
+            if due or unmeasured:  # due once a step, which may have several batches
                 self._measured_at = storage.iter
                 self._measure(detection, distilled, inputs)
             self._is_first = False

@@ -125,7 +125,7 @@ class Scaling:
         return round(1 / self.scale)
 
     def batch(self, batched_inputs: list[dict], device: torch.device | str = "cpu") -> list[dict]:
-        """A batch in Detectron2's format as the scaled detector gets it: images, annotations, given proposals.
+        """A batch in Detectron2's format as the scaled detector gets it: images, annotations, proposals.
 
         Args:
             batched_inputs: the batch of whole images; it is not changed.
@@ -143,6 +143,8 @@ class Scaling:
             for key in ("instances", "proposals"):
                 if key in record:
                     record[key] = self.instances(record[key])
+            if "sem_seg" in record:
+                record["sem_seg"] = record["sem_seg"][..., :: self.factor, :: self.factor]
             scaled.append(record)
         return scaled
 

@@ -130,6 +130,8 @@ class LazyRecipe(Recipe):
                 f"The Python config {self.file} has no {', no '.join(lacking)}: a training takes the nodes of "
                 "Detectron2's lazyconfig_train_net.py, such as configs/common has them."
             )
+        if self.log_period < 1:
+            raise DistillError(f"train.log_period is {self.log_period}: expected a number of iterations above 0.")
 
     def check_evaluation(self, is_required: bool) -> None:
         """

@@ -20,6 +20,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.optim import Optimizer
 
@@ -60,14 +61,27 @@ class YamlRecipe(Recipe):
 
     def setup(self, args: Namespace) -> None:
         default_setup(self.cfg, Namespace(**{**vars(args), "config_file": resolve_config_file(args.config_file)[0]}))
+        setup_logger(self.cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
         if comm.is_main_process() and not getattr(args, "eval_only", False):
             # or an earlier run's Python config would be taken for this one's
             forget_record(self.cfg.OUTPUT_DIR)
 
     def check(self) -> None:
-        """A yaml config has defaults for whatever a training takes."""
+        """
+        Raises:
+            DistillError: there is nothing to train on.
+        """
+        if not self.cfg.DATASETS.TRAIN:
+            raise DistillError("DATASETS.TRAIN is empty: name the datasets to train on, such as coco_2017_train.")
 
     def check_evaluation(self, is_required: bool) -> None:
+        """
+        Raises:
+            DistillError: an evaluation is asked for and there is no test set, or see
+                :func:`distill.evaluation.check_evaluators`.
+        """
+        if is_required and not self.cfg.DATASETS.TEST:
+            raise DistillError("DATASETS.TEST is empty: name the datasets to evaluate on, such as coco_2017_val.")
         check_evaluators(self.cfg.DATASETS.TEST)
 
     def scale_workers(self, num_workers: int) -> None:

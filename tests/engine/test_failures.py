@@ -18,6 +18,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from distill.config import auto_scale_workers, check_output_dir, check_solver
+from distill.distillers import ImitationDistiller
 from distill.engine import Trainer
 from distill.engine import launch as launch_module
 from distill.engine.checkpoints import last_finite_checkpoint
@@ -226,6 +227,14 @@ def test_what_distill_counts_in_iterations_scales_with_the_schedule():
     assert cfg.DISTILL.ALIGNED.WARMUP_ITERS == 500
 
 
+@pytest.mark.parametrize("period, expected", [(0, 0), (1, 1), (5000, 625)])
+def test_no_period_scales_to_none(period, expected):
+    cfg = detector_cfg("faster_rcnn", **{"SOLVER.REFERENCE_WORLD_SIZE": 1, "TEST.EVAL_PERIOD": period})
+    cfg.SOLVER.CHECKPOINT_PERIOD = max(1, period)
+    scaled = auto_scale_workers(cfg, 8)
+    assert (expected, max(1, expected)) == (scaled.TEST.EVAL_PERIOD, scaled.SOLVER.CHECKPOINT_PERIOD)
+
+
 def test_the_trainer_scales_the_model_and_the_schedule_alike(tmp_path, monkeypatch):
     cfg = write_cfg(tmp_path, **{"SOLVER.REFERENCE_WORLD_SIZE": 2, "SOLVER.IMS_PER_BATCH": 4})
     cfg.DISTILL.IMITATION.WARMUP_ITERS = 10
@@ -245,6 +254,7 @@ def test_the_trainer_scales_the_model_and_the_schedule_alike(tmp_path, monkeypat
         ({"REFERENCE_WORLD_SIZE": -1}, "SOLVER.REFERENCE_WORLD_SIZE is -1: expected the number of GPUs"),
         ({"REFERENCE_WORLD_SIZE": 5}, "SOLVER.IMS_PER_BATCH is 16: .* 5 processes can share evenly, such as 15"),
         ({"BASE_LR": -0.1}, "SOLVER.BASE_LR is -0.1: expected a learning rate"),
+        ({"CHECKPOINT_PERIOD": 0}, "SOLVER.CHECKPOINT_PERIOD is 0: expected a number of iterations above 0"),
     ],
 )
 def test_impossible_numbers_are_named(values, message):
@@ -294,3 +304,28 @@ def test_an_evaluation_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(tm
         trainer.train()
     assert Path(__file__).name in caplog.text and "in fail" in caplog.text  # the traceback
     assert torch.load(trainer.checkpointer.get_checkpoint_file())["iteration"] == trainer.max_iter - 1
+
+
+@pytest.mark.parametrize("when", ["before_step", "after_step"])
+def test_a_failure_in_the_last_iteration_is_told_before_anything_is_evaluated(tmp_path, when, monkeypatch):
+    def fail(hook):
+        if hook.trainer.iter == hook.trainer.max_iter - 1:
+            raise DistillError("unreadable")
+
+    cfg = write_cfg(tmp_path, **{"SOLVER.MAX_ITER": 1})
+    monkeypatch.setattr(ImitationDistiller, "build_hooks", lambda *_: [type("Unreadable", (HookBase,), {when: fail})()])
+    trainer = OneBatchTrainer(cfg)
+    monkeypatch.setattr(trainer.recipe, "evaluate", lambda model: pytest.fail("evaluated"))
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(DistillError, match="unreadable"):
+        trainer.train()
+
+
+def test_a_finished_training_that_is_resumed_is_evaluated(tmp_path, monkeypatch):
+    evaluated = []
+    for done in (1, 2):
+        trainer = OneBatchTrainer(write_cfg(tmp_path, **{"SOLVER.MAX_ITER": 1}))
+        monkeypatch.setattr(trainer.recipe, "evaluate", lambda model: evaluated.append(1) or {})
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        assert len(evaluated) == done

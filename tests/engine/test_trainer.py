@@ -1,6 +1,7 @@
 """What the trainer adds to Detectron2's."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -13,11 +14,22 @@ from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.evaluation import VOCEvaluator
 from distill.recipes import YamlRecipe
-from tests.helpers import detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
+from tests.helpers import aligned_cfg, detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
 
 
 class OneBatchTrainer(Trainer):
-    """Trains on one random batch."""
+    """Trains on one random batch.
+
+    Args:
+        cfg: of the run.
+        batches: what the recipe's own loader gives.
+    """
+
+    def __init__(self, cfg, batches=None):
+        recipe = YamlRecipe(cfg)
+        if batches is not None:
+            recipe.build_train_loader = lambda num_workers: batches
+        super().__init__(recipe)
 
     def build_train_loader(self):
         return [random_batch((64, 96), (64, 96))] * self.cfg.SOLVER.MAX_ITER * self.cfg.SOLVER.ACCUMULATE
@@ -158,3 +170,63 @@ def test_pictures_of_a_distilled_training_reach_tensorboard(tmp_path, kind):
     assert all(events.Images(tag)[0].width > 64 for tag in events.Tags()["images"])
     if kind != "faster_rcnn":  # which Detectron2 draws, once a batch
         assert all(len(events.Images(tag)) == 1 for tag in events.Tags()["images"])
+
+
+def test_another_optimizers_state_is_refused_before_a_step(tmp_path):
+    for before, after in (("AdamW", "SGD"), ("SGD", "AdamW")):
+        settings = {"SOLVER.MAX_ITER": 1, "SOLVER.OPTIMIZER": before, "OUTPUT_DIR": str(tmp_path / before)}
+        cfg = detector_cfg("retinanet", **settings)
+        trainer = OneBatchTrainer(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        cfg.SOLVER.OPTIMIZER = after
+        with pytest.raises(DistillError, match="with another optimizer or other distillers, leave --resume out"):
+            OneBatchTrainer(cfg).resume_or_load(resume=True)
+
+
+def test_a_script_of_ones_own_has_the_packages_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("distill"), "handlers", [])
+    cfg = detector_cfg("retinanet", **{"OUTPUT_DIR": str(tmp_path)})
+    OneBatchTrainer(cfg)
+    assert "Model: RetinaNet, " in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["LogitDistiller", "ReviewDistiller"])
+def test_precise_bn_runs_the_student_alone(tmp_path, monkeypatch, name):
+    settings = {
+        "SOLVER.MAX_ITER": 2,
+        "OUTPUT_DIR": str(tmp_path / "out"),
+        "MODEL.RESNETS.NORM": "BN",
+        "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": 1,
+        "MODEL.ROI_BOX_HEAD.NORM": "BN",
+        "TEST.PRECISE_BN.ENABLED": True,
+        "TEST.PRECISE_BN.NUM_ITER": 3,
+        "DISTILL.DISTILLERS": [name],
+        "DISTILL.LOGIT.INSTANCES": "ground_truth",  # runs the box head a second time, which fvcore refuses
+        "DISTILL.STUDENT.INPUT_SCALE": 1.0,
+    }
+    teacher = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
+    batches = [random_batch((64, 96), (64, 96)) for _ in range(3)]
+    trainer = OneBatchTrainer(distillation_cfg(detector_cfg("faster_rcnn"), teacher, **settings), batches)
+    views = []
+    view = trainer.model.teacher.view
+    monkeypatch.setattr(trainer.model.teacher, "view", lambda batch: views.append(1) or view(batch))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert len(views) == 2  # one for each step
+    student = trainer.model.student.train()
+    norm = student.backbone.bottom_up.stem.conv1.norm
+    means = []
+    for batch in batches:
+        norm.register_forward_hook(lambda module, given, _: means.append(given[0].mean((0, 2, 3))))
+        student(batch)
+        norm._forward_hooks.clear()
+    state = torch.load(tmp_path / "out" / "model_final.pth")["model"]
+    torch.testing.assert_close(state["backbone.bottom_up.stem.conv1.norm.running_mean"], torch.stack(means).mean(0))
+
+
+def test_precise_bn_of_an_aligned_teacher_is_refused(tmp_path):
+    settings = {"MODEL.RESNETS.NORM": "BN", "TEST.PRECISE_BN.ENABLED": True, "OUTPUT_DIR": str(tmp_path)}
+    with pytest.raises(DistillError, match="TEST.PRECISE_BN.ENABLED is True, and an AlignedTeacher runs its backbone"):
+        OneBatchTrainer(aligned_cfg("retinanet", **settings), [])

@@ -207,6 +207,17 @@ def test_inheriting_copies_what_is_named_and_nothing_else(tmp_path):
         assert torch.equal(value, source[key]), key
 
 
+@pytest.mark.parametrize("norms", [("BN", "FrozenBN"), ("FrozenBN", "BN")])
+def test_batch_norms_that_train_inherit_from_those_that_do_not(tmp_path, norms):
+    own, given = (detector_cfg("retinanet", **{"MODEL.RESNETS.NORM": norm}) for norm in norms)
+    parts = {"DISTILL.STUDENT.INHERIT": ["backbone.bottom_up"]}
+    model = build_model(distillation_cfg(own, write_teacher(tmp_path, given), **parts))
+    model.start()
+    teacher = model.teacher.model.backbone.bottom_up.state_dict()
+    for key, value in model.student.backbone.bottom_up.state_dict().items():
+        assert key.endswith("num_batches_tracked") or torch.equal(value, teacher[key])
+
+
 def test_a_loop_without_a_start_is_warned_once(tmp_path, caplog):
     overrides = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
     parts = {"DISTILL.STUDENT.INHERIT": ["roi_heads"]}

@@ -101,3 +101,11 @@ def test_a_scale_of_two_to_the_minus_k_shifts_by_k_levels(levels_shifted):
 def test_pyramids_without_a_common_level_are_refused():
     with pytest.raises(DistillError, match=r"stride s lies on one of the teacher of stride 2 s.*p5: 32.*p3: 8"):
         Scaling(0.5).levels(pyramid(5, 6), pyramid(3, 4))
+
+
+@pytest.mark.parametrize("size", [(40, 62), (39, 61)])
+def test_segmentations_shrink_with_the_image(size):
+    labels = torch.randint(9, size)
+    (scaled,) = Scaling(0.5).batch([{"image": torch.zeros(3, *size), "sem_seg": labels}])
+    assert scaled["sem_seg"].shape == scaled["image"].shape[1:]
+    assert torch.equal(scaled["sem_seg"], labels[::2, ::2])
