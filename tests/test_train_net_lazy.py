@@ -256,9 +256,13 @@ def test_a_program_that_fails_is_named(tmp_path, content, message):
 def test_a_config_without_a_schedule_is_refused_for_training(tmp_path):
     import train_net
 
-    path = write_student(tmp_path, more="del optimizer, lr_multiplier\n")
-    with pytest.raises(SystemExit, match="has no optimizer, no lr_multiplier: a training takes the nodes"):
-        train_net.run(train_net.argument_parser().parse_args(["--config-file", path]))
+    for more, message in (
+        ("del optimizer, lr_multiplier\n", "has no optimizer, no lr_multiplier: a training takes the nodes"),
+        ("train.log_period = 0\n", "train.log_period is 0: expected a number of iterations above 0"),
+    ):
+        path = write_student(tmp_path, more=more)
+        with pytest.raises(SystemExit, match=message):
+            train_net.run(train_net.argument_parser().parse_args(["--config-file", path]))
 
 
 def test_a_student_at_half_the_size_in_python(tmp_path):

@@ -27,6 +27,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 import distill.modeling  # noqa: F401  registers its backbones and meta-architectures
+from distill.data import register_from_config
 from distill.errors import DistillError
 from distill.export import (
     TOLERANCE,
@@ -96,12 +97,18 @@ def export(config_file: str, weights: str, output: str, opts: list[str]) -> None
             f"--output is {output}, which holds the training itself: its config and checkpoint would be written over. "
             "Name another folder."
         )
-    recipe = load_recipe(config_file, opts).plain()
+    recipe = load_recipe(config_file, opts)
+    imports, recipe = list(recipe.cfg.DISTILL.IMPORTS), recipe.plain()
     model = load_student(recipe, weights, "cpu")
+    folder = folder.resolve()  # what the config says of it holds wherever it is loaded from
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    for name in ("config.py", "config.yaml", "config.yaml.pkl"):  # of an earlier export, maybe of the other kind
+        (folder / name).unlink(missing_ok=True)
     written = recipe.write(str(folder), str(folder / "model_final.pth"))
     logger.info(f"{folder} holds {Path(written).name} and model_final.pth")
+    if imports:
+        logger.info(f"The student was trained with DISTILL.IMPORTS: to load it, import {', '.join(imports)} first.")
     ours = [key for key in ("FCOS", "TIMM") if key in recipe.cfg.MODEL]
     if ours and isinstance(recipe, YamlRecipe):
         logger.info(
@@ -124,11 +131,21 @@ def export_file(args: argparse.Namespace) -> None:
         import_onnx("onnx")
         import_onnx("onnxruntime")
     recipe = load_recipe(args.config_file, args.opts)
-    with contextlib.nullcontext() if args.evaluate else contextlib.suppress(DistillError):
+    try:
         register_test_sets(recipe)  # they name the classes
         recipe.check_evaluation(True)
+    except DistillError:
+        if args.evaluate:
+            raise
+        with contextlib.suppress(DistillError):  # the training sets do, too
+            register_from_config(recipe.cfg, recipe.cfg.DATASETS.TRAIN)
     model = load_student(recipe.plain(), args.weights, args.device).eval().requires_grad_(False)
     metadata = describe(recipe, model, args.size, args.device)
+    if not metadata.knows_resizing:
+        logger.warning(
+            "The config resizes images for testing in a way that the file cannot tell (expected ResizeShortestEdge, "
+            "with one length, bilinear): resize them so before you run it, or give --size HEIGHT WIDTH."
+        )
     images, source = images_to_check(recipe, metadata, args.num_images, args.evaluate)
     traced = pad_image(images[0], metadata).to(args.device)
     metadata = replace(metadata, outputs=output_names(model, traced))
@@ -136,12 +153,12 @@ def export_file(args: argparse.Namespace) -> None:
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     name, write = FILES[args.format]
-    path = folder / name
-    write(model, traced, path, metadata)
-    logger.info(f"{path} is written: comparing it with the student in PyTorch on {source}.")
+    path, unchecked = folder / name, folder / f"unchecked_{name}"  # an earlier good file stays until this one is, too
+    write(model, traced, unchecked, metadata)
+    logger.info(f"{unchecked} is written: comparing it with the student in PyTorch on {source}.")
     reference = eager_detector(model, metadata)
-    with set_aside(path):
-        detector = load_file(path)
+    with set_aside(unchecked, folder / f"rejected_{name}"):
+        detector = load_file(unchecked)
         check_file(reference, detector, model, images, f"{path} on {source}")
         if args.evaluate:
             recipe.cfg.OUTPUT_DIR = str(folder)
@@ -150,24 +167,29 @@ def export_file(args: argparse.Namespace) -> None:
                 evaluate_both(recipe, model, detector, mapper=own)
             else:  # the student, too, on images that are scaled and padded to the size
                 evaluate_both(recipe, reference, detector, own, own)
+    unchecked.replace(path)
+    logger.info(f"{path} finds what the student in PyTorch finds.")
 
 
 @contextlib.contextmanager
-def set_aside(path: Path) -> Iterator[None]:
+def set_aside(path: Path, rejected: Path) -> Iterator[None]:
     """Renames a file that does not pass its check, so that nobody deploys it.
 
     Args:
         path: of the file.
+        rejected: what it is called then.
 
     Raises:
-        FileFault: what the check raises, with the file's new name. Other errors say nothing about the file.
+        FileFault: what the check raises, with the file's new name.
+        DistillError: another error, with the file's name, which stays.
     """
     try:
         yield
     except FileFault as error:
-        rejected = path.with_name(f"rejected_{path.name}")
         path.replace(rejected)
         raise FileFault(f"{error} The file is now {rejected}.") from error
+    except DistillError as error:  # says nothing about the file
+        raise DistillError(f"{error} The file is {path}, for it has not passed its check.") from error
 
 
 def load_file(path: Path) -> DeployedDetector:

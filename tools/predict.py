@@ -59,6 +59,11 @@ def load(weights: str, config_file: str, opts: Sequence[str]) -> tuple[nn.Module
         if config_file or opts:
             raise DistillError(f"{weights} says itself what it needs: leave out --config-file and overrides.")
         detector = load_deployed(weights)
+        if not detector.metadata.knows_resizing:
+            logger.warning(
+                f"{weights} does not say how its images are resized, so they stay as they are: its config resizes for "
+                "testing in a way of its own. Give images that are resized so, or export it with --size HEIGHT WIDTH."
+            )
         return detector.eval(), build_input_mapper(detector.metadata), detector.metadata.class_names
     if not config_file:
         raise DistillError(

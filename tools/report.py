@@ -51,6 +51,8 @@ class Report:
         self.teacher = TeacherOf(run, evaluate) if run.recipe.is_distilled else None
         own = self.teacher.run.folder if self.teacher and self.teacher.run else None
         self.runs = [run, *(other for other in others if other.folder != own)]
+        for other in others:  # times of two devices cannot be compared
+            other.cfg.MODEL.DEVICE = run.cfg.MODEL.DEVICE
         self.baseline = self.runs[1].name if len(self.runs) > 1 else None
         self._models: dict[str, nn.Module] = {}
         self._missing: dict[str, str] = {}
@@ -143,7 +145,7 @@ class Report:
                 mappers = {run.name: run.recipe.build_mapper() for run in self.runs if run.name in self._models}
                 if self.teacher and "teacher" in self._models:
                     mappers["teacher"] = teacher_mapper(self.run.recipe, self.teacher.recipe)
-                where = torch.cuda.get_device_name() if self.run.cfg.MODEL.DEVICE != "cpu" else "the CPU"
+                where = torch.cuda.get_device_name() if self.run.cfg.MODEL.DEVICE.startswith("cuda") else "the CPU"
                 table, more = cost_table(self._models, mappers, records, rounds, where)
             except DistillError as error:
                 return {"table": None, "notes": [*notes, str(error)]}

@@ -3,7 +3,6 @@
 from .check import (
     TOLERANCE,
     Difference,
-    FileFault,
     compare,
     compare_on,
     evaluate_both,
@@ -11,9 +10,9 @@ from .check import (
     read_test_inputs,
     register_test_sets,
 )
-from .deployed import DeployedDetector, import_onnx, load_deployed, pad_image
+from .deployed import DeployedDetector, FileFault, import_onnx, load_deployed, pad_image
 from .metadata import FileMetadata, build_input_mapper, class_names, describe
-from .tracing import eager_detector, output_names, raw_outputs, write_onnx, write_torchscript
+from .tracing import eager_detector, nms_of_files, output_names, raw_outputs, write_onnx, write_torchscript
 
 __all__ = [
     "TOLERANCE",
@@ -30,6 +29,7 @@ __all__ = [
     "evaluate_both",
     "import_onnx",
     "load_deployed",
+    "nms_of_files",
     "output_names",
     "pad_image",
     "random_inputs",

@@ -18,16 +18,13 @@ from ..data import check_datasets, register_from_config
 from ..errors import DistillError
 from ..recipes import Recipe
 from ..recipes.base import Mapper
-from .deployed import DeployedDetector, first_line
+from .deployed import DeployedDetector, FileFault
+from .tracing import nms_of_files
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
 AP_TOLERANCE = 0.1
-
-
-class FileFault(DistillError):
-    """An exported file is not what the detector in PyTorch is."""
 
 
 @dataclass
@@ -125,8 +122,9 @@ def compare_on(
     result = Difference()
     started = logged = time.perf_counter()
     for index, image in enumerate(images):
-        found = _detect(detector, image, "The file", FileFault)
-        own = _detect(reference, image, "The student", DistillError)
+        found = detector.detect(image)
+        with nms_of_files():
+            own = reference.detect(image)
         result |= compare(own, found, threshold, limit)
         if time.perf_counter() - logged > 10:
             logged = time.perf_counter()
@@ -135,25 +133,13 @@ def compare_on(
     return result
 
 
-def _detect(detector: DeployedDetector, image: Tensor, what: str, kind: type[DistillError]) -> Instances:
-    try:
-        return detector.detect(image)
-    except DistillError:
-        raise
-    except Exception as error:  # whatever a runtime raises
-        raise kind(
-            f"{what} cannot be run on an image of {image.shape[1]}x{image.shape[2]} pixels: {first_line(error)} Does "
-            "the student compute with fixed sizes? Give --size HEIGHT WIDTH."
-        ) from error
-
-
 def _cut_offs(model: nn.Module) -> tuple[float, float]:
     """The score that a detection must exceed, and how many an image may have; 0 and no limit where not known."""
     predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", model)
     if isinstance(predictor, nn.ModuleList):  # of a cascade, whose last stage decides
         predictor = predictor[-1]
     limit = getattr(predictor, "test_topk_per_image", getattr(predictor, "max_detections_per_image", math.inf))
-    return max(0.0, getattr(predictor, "test_score_thresh", 0.0)), limit
+    return max(0.0, getattr(predictor, "test_score_thresh", 0.0)), math.inf if limit < 0 else limit
 
 
 def read_test_inputs(recipe: Recipe, mapper: Mapper, number: int) -> list[dict]:

@@ -19,18 +19,24 @@ from .metadata import FileMetadata
 Run = Callable[[Tensor], Sequence[Tensor]]
 
 
+class FileFault(DistillError):
+    """An exported file is not what the detector in PyTorch is."""
+
+
 class DeployedDetector(nn.Module):
     """What Detectron2's evaluators and its Visualizer take, from a function of one image.
 
     Args:
         run: takes a uint8 Tensor[3, H, W] and returns the tensors that ``metadata.outputs`` names.
         metadata: of the file.
+        is_file: whether ``run`` is an exported file, rather than the student that it is compared with.
     """
 
-    def __init__(self, run: Run, metadata: FileMetadata) -> None:
+    def __init__(self, run: Run, metadata: FileMetadata, is_file: bool = True) -> None:
         super().__init__()
         self.run = run
         self.metadata = metadata
+        self.is_file = is_file
 
     def forward(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """
@@ -62,9 +68,20 @@ class DeployedDetector(nn.Module):
             The instances; masks are those inside the boxes, Tensor[N, 1, M, M].
 
         Raises:
-            DistillError: the file has a fixed size, and the image is larger.
+            DistillError: the file has a fixed size, and the image is larger; or it cannot be run on the image, which of
+                a file is a :class:`FileFault`.
         """
-        outputs = self.run(pad_image(image, self.metadata).to(self.metadata.device))
+        padded = pad_image(image, self.metadata).to(self.metadata.device)
+        try:
+            outputs = self.run(padded)
+        except DistillError:
+            raise
+        except Exception as error:  # whatever a runtime raises
+            what, kind = ("The file", FileFault) if self.is_file else ("The student", DistillError)
+            raise kind(
+                f"{what} cannot be run on an image of {image.shape[1]}x{image.shape[2]} pixels: {first_line(error)} "
+                "Does the student compute with fixed sizes? Give --size HEIGHT WIDTH."
+            ) from error
         fields = dict(zip(self.metadata.outputs, outputs))
         fields["pred_boxes"] = Boxes(fields["pred_boxes"])
         return Instances(tuple(image.shape[-2:]), **fields)

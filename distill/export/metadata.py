@@ -12,6 +12,7 @@ from typing import Any
 
 import detectron2.data.transforms as T
 from detectron2.data import DatasetMapper, MetadataCatalog
+from PIL import Image
 from torch import nn
 
 from ..config import num_classes
@@ -143,7 +144,8 @@ def _describe_test_mapper(recipe: Recipe) -> dict[str, Any]:
     if not augmentations:
         found["short_edge"] = 0
     resize = augmentations[0] if len(augmentations) == 1 else None
-    if isinstance(resize, T.ResizeShortestEdge) and len(set(resize.short_edge_length)) == 1:
+    is_usual = isinstance(resize, T.ResizeShortestEdge) and resize.interp == Image.BILINEAR
+    if is_usual and len(set(resize.short_edge_length)) == 1:
         found["short_edge"] = resize.short_edge_length[0]
         if found["short_edge"] and resize.max_size < sys.maxsize:  # which is Detectron2's for no limit
             found["max_size"] = resize.max_size

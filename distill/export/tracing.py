@@ -16,6 +16,7 @@ from detectron2.modeling import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch import dense_detector
 from detectron2.modeling.roi_heads import cascade_rcnn
 from torch import Tensor, nn
+from torchvision.ops import boxes as box_ops
 
 from ..errors import DistillError
 from .deployed import DeployedDetector, first_line, import_onnx
@@ -89,7 +90,29 @@ def eager_detector(model: nn.Module, metadata: FileMetadata) -> DeployedDetector
     Returns:
         What the file is compared with.
     """
-    return DeployedDetector(lambda image: tuple(raw_outputs(model, [{"image": image}]).values()), metadata)
+
+    def run(image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(raw_outputs(model, [{"image": image}]).values())
+
+    return DeployedDetector(run, metadata, is_file=False)
+
+
+@contextlib.contextmanager
+def nms_of_files() -> Iterator[None]:
+    """Runs Detectron2's NMS as traced files have it, for a comparison with one.
+
+    torchvision's keeps classes apart by offsets when it is traced, whose rounding can tip an IoU at the threshold, and
+    of more than 1000 boxes exactly when it is not.
+    """
+
+    def by_offsets(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
+        if not boxes.numel():
+            return classes.new_empty(0, dtype=torch.int64)
+        offsets = classes.to(boxes) * (boxes.max() + 1)
+        return box_ops.nms(boxes + offsets[:, None], scores, threshold)
+
+    with mock.patch.object(box_ops, "batched_nms", by_offsets):
+        yield
 
 
 def write_torchscript(model: nn.Module, image: Tensor, path: Path, metadata: FileMetadata) -> None:

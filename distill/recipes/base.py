@@ -146,7 +146,8 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def write(self, folder: str, weights: str) -> str:
-        """Writes a config that plain Detectron2 reads.
+        """Writes a config that plain Detectron2 reads. Its OUTPUT_DIR is ``folder``'s ``output``: even to evaluate,
+        Detectron2 would write over the config in that of the training.
 
         Args:
             folder: an existing folder.

@@ -107,6 +107,15 @@ class LazyRecipe(Recipe):
         path = os.path.join(folder, "config.yaml")
         lazy = copy.deepcopy(self.lazy)
         OmegaConf.update(lazy, "train.init_checkpoint", weights)
+        own = {"train.output_dir": os.path.join(folder, "output")}
+        nodes = {"": OmegaConf.select(lazy, "dataloader.evaluator")}
+        if OmegaConf.is_list(nodes[""]):
+            nodes = {f".{index}": node for index, node in enumerate(nodes[""])}
+        for index, node in nodes.items():
+            if node is not None and node.get("output_dir"):
+                own[f"dataloader.evaluator{index}.output_dir"] = os.path.join(folder, "output", "inference")
+        for key, value in own.items():
+            OmegaConf.update(lazy, key, value)
         with _silenced("detectron2.config.lazy"):
             LazyConfig.save(lazy, path)
         try:
@@ -116,7 +125,9 @@ class LazyRecipe(Recipe):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(written)
             path = os.path.join(folder, "config.py")
-            write_record(path, self.name, [*self._opts, override("train.init_checkpoint", weights)], plain=True)
+            more = {"train.init_checkpoint": weights, **own}
+            opts = [*self._opts, *(override(key, value) for key, value in more.items())]
+            write_record(path, self.name, opts, plain=True)
         return path
 
     def check(self) -> None:

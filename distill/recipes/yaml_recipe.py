@@ -93,6 +93,7 @@ class YamlRecipe(Recipe):
     def write(self, folder: str, weights: str) -> str:
         cfg = self.cfg.clone()
         cfg.MODEL.WEIGHTS = weights
+        cfg.OUTPUT_DIR = os.path.join(folder, "output")
         drop_backbone_weights(cfg)  # they are in the file
         path = os.path.join(folder, "config.yaml")
         with open(path, "w") as f:

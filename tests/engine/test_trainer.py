@@ -184,6 +184,15 @@ def test_another_optimizers_state_is_refused_before_a_step(tmp_path):
             OneBatchTrainer(cfg).resume_or_load(resume=True)
 
 
+def test_nothing_to_train_on_or_to_evaluate_is_refused():
+    cfg = detector_cfg("retinanet", **{"DATASETS.TRAIN": [], "DATASETS.TEST": []})
+    with pytest.raises(DistillError, match="DATASETS.TRAIN is empty"):
+        YamlRecipe(cfg).check()
+    YamlRecipe(cfg).check_evaluation(False)
+    with pytest.raises(DistillError, match="DATASETS.TEST is empty"):
+        YamlRecipe(cfg).check_evaluation(True)
+
+
 def test_a_script_of_ones_own_has_the_packages_log(tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("distill"), "handlers", [])
     cfg = detector_cfg("retinanet", **{"OUTPUT_DIR": str(tmp_path)})

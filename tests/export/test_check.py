@@ -4,10 +4,20 @@ import math
 
 import pytest
 import torch
+from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 
 from distill.errors import DistillError
-from distill.export import compare, compare_on, eager_detector, evaluate_both, load_deployed, output_names
+from distill.export import (
+    compare,
+    compare_on,
+    eager_detector,
+    evaluate_both,
+    load_deployed,
+    nms_of_files,
+    output_names,
+)
+from distill.export.check import _cut_offs
 from distill.export.tracing import write_torchscript
 from tests.export.test_files import box_predictors, describe_file, finding_detector, image_of
 
@@ -130,3 +140,28 @@ def test_a_file_that_does_not_run_on_another_size():
     reference, broken = eager_detector(model, metadata), type(eager_detector(model, metadata))(only_one_size, metadata)
     with pytest.raises(DistillError, match="run on an image of 64x48 pixels: Got invalid dimensions .*--size HEIGHT"):
         compare_on(reference, broken, model, [image_of(64, 48)])
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn"])
+def test_a_negative_limit_is_none(kind):
+    model = finding_detector(kind)
+    for predictor in box_predictors(model):
+        predictor.test_topk_per_image = -1
+    assert _cut_offs(model)[1] == math.inf
+    assert compare(PLAIN, PLAIN[:0], *_cut_offs(model)).score > 0.5
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_the_student_is_run_with_the_nms_of_files():
+    """Of many boxes and classes, torchvision's own is exact, and what it traces is not."""
+    corners = torch.stack([torch.arange(600) % 25, torch.arange(600) // 25], 1) * 40 + torch.rand(600, 2)
+    first = torch.cat([corners, corners + 10], 1)
+    boxes = torch.cat([first, first + torch.tensor([3.333, 0, 3.333, 0])])  # pairs with an IoU of 0.50004
+    scores, classes = torch.rand(1200), torch.full((1200,), 1202)
+    traced = torch.jit.trace(lambda *x: batched_nms(*x, 0.5), (boxes, scores, classes), check_trace=False)
+    assert len(batched_nms(boxes, scores, classes, 0.5)) == 600
+    with nms_of_files():
+        own = batched_nms(boxes, scores, classes, 0.5)
+        assert batched_nms(boxes[:0], scores[:0], classes[:0], 0.5).shape == (0,)
+    assert torch.equal(own, traced(boxes, scores, classes)) and len(own) > 650
+    assert len(batched_nms(boxes, scores, classes, 0.5)) == 600  # as before

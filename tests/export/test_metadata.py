@@ -34,6 +34,7 @@ def test_a_yaml_config_says_how_images_are_resized(sizes, expected):
         ("[]", (0, None)),
         ("[L(T.ResizeShortestEdge)(short_edge_length=[100, 200], sample_style='choice')]", (None, None)),
         ("[L(T.ResizeShortestEdge)(short_edge_length=100), L(T.RandomFlip)()]", (None, None)),
+        ("[L(T.ResizeShortestEdge)(short_edge_length=100, interp=3)]", (None, None)),  # bicubic
         (None, (None, None)),
     ],
 )

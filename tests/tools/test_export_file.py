@@ -169,9 +169,43 @@ def test_what_says_nothing_about_the_file_leaves_it_its_name(tmp_path, tool, mon
 
     arguments = write_trained(tmp_path)
     monkeypatch.setattr(tool, "evaluate_both", fail)
-    with pytest.raises(SystemExit, match="error: A test image cannot be read.$"):
+    with pytest.raises(SystemExit, match="error: A test image cannot be read. The file is .*/unchecked_model.ts, for"):
         tool.run(*arguments, "--format", "torchscript", "--evaluate")
-    assert [x.name for x in (tmp_path / "out").iterdir() if x.is_file()] == ["model.ts"]
+    assert [x.name for x in (tmp_path / "out").iterdir() if x.is_file()] == ["unchecked_model.ts"]
+
+
+def test_a_file_that_fails_in_the_evaluation_is_set_aside_and_the_earlier_one_stays(tmp_path, tool, monkeypatch):
+    arguments = write_trained(tmp_path)
+    tool.run(*arguments, "--format", "onnx", "--evaluate")
+    before = (tmp_path / "out" / "model.onnx").read_bytes()
+    load = tool.load_deployed
+
+    def load_failing(path):
+        detector = load(path)
+        run, calls = detector.run, []
+
+        def fail_later(image):  # in the evaluation, after the three images that are compared
+            calls.append(1)
+            if len(calls) > 3:
+                raise RuntimeError("no kernel\ntrace")
+            return run(image)
+
+        detector.run = fail_later
+        return detector
+
+    monkeypatch.setattr(tool, "load_deployed", load_failing)
+    with pytest.raises(SystemExit, match="error: The file cannot be run on an image of .*: no kernel .*rejected_model"):
+        tool.run(*arguments, "--format", "onnx", "--evaluate")
+    files = {x.name for x in (tmp_path / "out").iterdir() if x.is_file()}
+    assert files == {"model.onnx", "rejected_model.onnx"} and (tmp_path / "out" / "model.onnx").read_bytes() == before
+
+
+@pytest.mark.parametrize("test_sets", [[], ["not_here"]])
+def test_training_sets_name_the_classes_where_there_is_no_test_set(tmp_path, tool, log, test_sets):
+    arguments = write_trained(tmp_path)
+    name = f"noise_{tmp_path.name}"
+    tool.run(*arguments, "--format", "torchscript", "DATASETS.TRAIN", str([name]), "DATASETS.TEST", str(test_sets))
+    assert load_deployed(tmp_path / "out" / "model.ts").metadata.class_names == ["c0", "c1", "c2"]
 
 
 def test_a_file_with_another_ap_is_an_error(tmp_path, tool, monkeypatch):

@@ -56,7 +56,8 @@ def test_the_student_leaves_as_plain_detectron2_with_the_same_detections(tmp_pat
     (tmp_path / "plain.py").write_text(PLAIN)
     result = run_script(str(tmp_path / "plain.py"), str(out / "config.yaml"), *data, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    check_same_detections(take_detections(tmp_path / "found"), after_training)
+    check_same_detections(take_detections(out / "output" / "inference"), after_training)
+    assert LazyConfig.load(str(out / "config.yaml")).train.output_dir == str(out / "output")  # not the training's
 
 
 def test_a_config_that_cannot_be_dumped_is_exported_as_its_file_and_overrides(tmp_path):
@@ -68,6 +69,7 @@ def test_a_config_that_cannot_be_dumped_is_exported_as_its_file_and_overrides(tm
     loaded = LazyConfig.load(written)
     assert "distill" not in loaded
     assert loaded.train.init_checkpoint == str(tmp_path / "model_final.pth") and loaded.train.device == "cpu"
+    assert loaded.train.output_dir == str(tmp_path / "output")
     again, distilled = str(tmp_path / "again.py"), str(tmp_path / "distilled.py")
     write_record(again, written, [])  # of a training that starts from it
     assert not LazyRecipe(again).is_distilled

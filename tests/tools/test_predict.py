@@ -97,6 +97,19 @@ def test_images_are_seen_as_in_training_and_a_multi_scale_teacher_predicts(tmp_p
     assert 100 < seen[0] < 155
 
 
+def test_a_file_that_does_not_say_how_images_are_resized_is_warned_of(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    from predict import load
+
+    model, image = finding_detector("retinanet"), image_of(75, 90)
+    names = {"class_names": ["c0", "c1", "c2"]}
+    for about in ({"short_edge": 96}, {"short_edge": 0}, {"short_edge": None, "size": [96, 96]}, {"short_edge": None}):
+        metadata = describe_file(output_names(model, image), **names, **about)
+        write_torchscript(model, image, tmp_path / "model.ts", metadata)
+        load(str(tmp_path / "model.ts"), "", [])
+    assert [x.message.count("does not say how its images are resized") for x in caplog.records] == [1]
+
+
 def test_an_unreadable_image_does_not_stop_the_others(tmp_path):
     write_trained(tmp_path)
     (tmp_path / "data" / "2.png").write_bytes(b"no image")

@@ -275,6 +275,13 @@ def test_images_are_shown_beside_the_truth_where_the_teachers_classes_are_others
     assert len(page.images) == 2 * 2 and "The teacher is not shown." in page.words
 
 
+def test_all_detectors_run_where_the_first_does(tools, runs):
+    own, other = (tools["reading"].Run(runs / name) for name in ("distilled", "teacher"))
+    own.cfg.MODEL.DEVICE = "meta"  # as of a training on a GPU
+    report = tools["report"].Report(own, [other], evaluate=False)
+    assert [run.cfg.MODEL.DEVICE for run in report.runs] == ["meta", "meta"]
+
+
 def test_results_of_an_intermediate_checkpoint_are_those_of_its_iteration(tools, runs, tmp_path):
     reading = tools["reading"]
     shutil.copytree(runs / "distilled", tmp_path / "distilled")
@@ -286,6 +293,7 @@ def test_results_of_an_intermediate_checkpoint_are_those_of_its_iteration(tools,
     cases = [(name, {}, expected) for name, expected in numbered.items()]
     cases += [("model_best", {"best": {"iterations": i}}, v) for i, v in ((10, 9.0), (20, 19.0), (40, 40.0))]
     cases += [("model_best", {"iteration": 9}, 9.0), ("model_best", {}, None)]  # Detectron2's, and nobody's
+    cases += [("previous_model_best", {"best": {"iterations": 10}}, None)]  # another training's
     for name, more, expected in cases:
         (teacher / "model_final.pth").rename(teacher / f"{name}.pth")
         torch.save({"model": {}, **more}, teacher / f"{name}.pth")

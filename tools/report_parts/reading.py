@@ -16,6 +16,7 @@ from runs import read_metrics
 
 from distill.data import register_from_config
 from distill.engine import evaluate_teacher
+from distill.engine.checkpoints import PREVIOUS_BEST
 from distill.errors import DistillError
 from distill.modeling.teacher import teacher_recipe
 from distill.recipes import Recipe, load_recipe
@@ -227,6 +228,8 @@ def _iteration_of(weights: Path) -> int | None:
     numbered = re.fullmatch(r"model_(\d{7})", weights.stem)
     if numbered:
         return int(numbered[1])
+    if weights.name == PREVIOUS_BEST:
+        return -2
     if weights.name != "model_best.pth":
         return None
     try:
