@@ -276,7 +276,7 @@ def test_images_are_shown_beside_the_truth_where_the_teachers_classes_are_others
 
 
 def test_all_detectors_run_where_the_first_does(tools, runs):
-    own, other = (tools["reading"].Run(runs / name) for name in ("distilled", "teacher"))
+    own, other = (tools["reading"].Run(runs / name) for name in ("distilled", "student"))
     own.cfg.MODEL.DEVICE = "meta"  # as of a training on a GPU
     report = tools["report"].Report(own, [other], evaluate=False)
     assert [run.cfg.MODEL.DEVICE for run in report.runs] == ["meta", "meta"]
