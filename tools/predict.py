@@ -57,7 +57,7 @@ def load(weights: str, config_file: str, opts: Sequence[str]) -> tuple[nn.Module
     """
     if weights.endswith(EXPORTED):
         if config_file or opts:
-            raise DistillError(f"{weights} says itself what it needs: leave out --config-file and overrides.")
+            raise DistillError(f"{weights} contains its own settings: leave out --config-file and overrides.")
         detector = load_deployed(weights)
         if not detector.metadata.knows_resizing:
             logger.warning(

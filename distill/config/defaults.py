@@ -231,7 +231,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Datasets to register first: "name=voc:ROOT:SPLIT[:class,class,...]", "name=coco:JSON:IMAGE_ROOT[:SPLIT]" or
     # "name=yolo:data.yaml:SPLIT". Without lists of images, SPLIT is "all", or a share: 0.8, and -0.2 for its rest
     _C.DATASETS.REGISTER = []
-    # What faults in their images and boxes do: "error", "skip" (faulty images are left out), "off" (nobody looks)
+    # Faults in their images and boxes: "error", "skip" (faulty images are left out), "off" (not looked for)
     _C.DATASETS.CHECK = "error"
     # By which metric they are evaluated: "coco", "voc", or "" for the format's own
     _C.DATASETS.METRIC = ""
@@ -274,7 +274,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     # A name of timm's, such as "mobilenetv4_conv_small"; see timm.list_models()
     _C.MODEL.TIMM.NAME = "mobilenetv2_100"
     # Which of timm's stages the FPN takes, finest first, by timm's numbers. Empty: all of stride 4 and more. A head on
-    # P3 to P7 uses one less: [2, 3, 4] saves it. MODEL.BACKBONE.FREEZE_AT counts strides, not these.
+    # P3 to P7 uses those of strides 8 to 32 alone: [2, 3, 4] of most networks, [1, 2, 3] of those that begin at stride
+    # 4. MODEL.BACKBONE.FREEZE_AT counts strides, not these.
     _C.MODEL.TIMM.OUT_INDICES = []
     # What the network's batch norms are: "BN", "FrozenBN", "SyncBN" or "GN"
     _C.MODEL.TIMM.NORM = "FrozenBN"

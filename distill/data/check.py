@@ -84,8 +84,8 @@ def check_source(name: str, source: Source, mode: str = "error", load_truncated:
     real = [fault for fault in faults if not KINDS[fault.kind].is_harmless]
     if real and mode == "error":
         raise DistillError(
-            f"The dataset {name} has faults:\n  " + "\n  ".join(describe(real)) + "\nMend them, or set DATASETS.CHECK "
-            "skip to leave these images out. tools/check_data.py lists the same without a training."
+            f"The dataset {name} has faults:\n  " + "\n  ".join(describe(real)) + "\nFix them, or set DATASETS.CHECK "
+            "skip to leave these images out. tools/check_data.py lists them without training."
         )
     if real:
         faulty = {id(fault.record) for fault in real}

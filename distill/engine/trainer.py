@@ -161,7 +161,7 @@ class Trainer(TrainerBase):
                 logger.exception("The evaluation failed:")  # where, which one line cannot say
             raise DistillError(
                 f"The evaluation after iteration {self.iter} failed: {reason} What was learned is safe in "
-                f"{self.cfg.OUTPUT_DIR}: mend the cause, then evaluate by --eval-only --resume, or go on by --resume."
+                f"{self.cfg.OUTPUT_DIR}: fix the cause, then evaluate by --eval-only --resume, or go on by --resume."
             ) from error
         return self.results
 

@@ -35,7 +35,7 @@ KEYS = {
 }
 # what else errors name
 _NAMES = {
-    "DATASETS.REGISTER": "the Python config, by distill.data.register_datasets,",
+    "DATASETS.REGISTER": "the Python config's register_datasets",
     "DATASETS.CHECK": "the argument check of register_datasets",
     "DATASETS.METRIC": "the argument metric of register_datasets",
     "INPUT.TRUNCATED": "the argument load_truncated of register_datasets",

@@ -162,7 +162,7 @@ def test_a_mask_that_cannot_be_turned_is_one_fault(tmp_path):
     annotation = {"id": 1, "image_id": 3, "category_id": 7, "bbox": [4, 6, 16, 10], "segmentation": bad}
     images = [{"id": 3, "file_name": "a.png", "width": W, "height": H}]
     (tmp_path / "coco.json").write_text(json.dumps(coco(images=images, annotations=[annotation])))
-    with pytest.raises(DistillError, match="faults:\n  1 run-length encoded masks cannot be decoded: .*a.png\nMend"):
+    with pytest.raises(DistillError, match="faults:\n  1 run-length encoded masks cannot be decoded: .*a.png\nFix"):
         check_source("x", read_coco("x", f"{tmp_path}/coco.json", str(tmp_path)))
 
 

@@ -143,5 +143,5 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch):
             script.find_images([str(x) for x in inputs], output)
     with pytest.raises(DistillError, match=r"model\.pth is taken for a checkpoint, which needs --config-file"):
         script.load("model.pth", "", [])
-    with pytest.raises(DistillError, match=r"model\.onnx says itself what it needs"):
+    with pytest.raises(DistillError, match=r"model\.onnx contains its own settings"):
         script.load("model.onnx", "config.yaml", [])
