@@ -13,6 +13,7 @@ Weights are random and the images need no download. Exit status 1: something is 
 import argparse
 import copy
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -139,7 +140,11 @@ def train_on_all(number: int) -> tuple[bool, str]:
             command = [sys.executable, "train_net.py", "--config-file", f"configs/demo/{config}.yaml"]
             command += ["--num-gpus", str(number), "OUTPUT_DIR", f"{folder}/{config}", "DATASETS.TEST", "()"]
             command += ["SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", str(4 * max(1, number)), *opts]
-            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+            try:
+                result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            except subprocess.TimeoutExpired as error:  # processes that wait for each other
+                told = [x.decode(errors="replace") for x in (error.stdout, error.stderr) if x]
+                return False, f"{''.join(told)[-1500:]}\nnot done after {error.timeout:.0f} seconds"
             log = (result.stdout + result.stderr)[-1500:]
             if result.returncode != 0:
                 return False, log
@@ -150,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    os.chdir(ROOT)  # which the configs' names are relative to
     if not torch.cuda.is_available():
         sys.exit("There is no CUDA GPU here, or torch does not find it: nothing was checked.")
     setup_logger()

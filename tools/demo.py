@@ -11,6 +11,7 @@ draws their detections side by side. Finished stages are kept, and an interrupte
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -28,12 +29,13 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from drawing import MIN_SCORE, draw_boxes, label, true_boxes
 from measuring import time_images
-from runs import TrainingFailed, read_metrics, train
+from runs import ROOT, TrainingFailed, read_metrics, train
 from tabulate import tabulate
 
 from distill.config import CLASS_NODES, load_config, student_config
 from distill.data import register_from_config
 from distill.data.digit_scenes import prepare_digit_scenes
+from distill.engine.checkpoints import write_file
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
 
@@ -106,7 +108,12 @@ def check_settings(output: Path, opts: Sequence[str]) -> None:
     """
     path, settings = output / "settings.json", list(opts)
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise DistillError(
+                f"{path} is damaged: {error}. Remove the folder {output}, or give another --output."
+            ) from error
         if before != settings:
             raise DistillError(
                 f"The models in {output} were trained with {' '.join(before) or 'no overrides'}, not with "
@@ -114,7 +121,7 @@ def check_settings(output: Path, opts: Sequence[str]) -> None:
             )
         return
     output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings))
+    write_file(str(path), json.dumps(settings))
 
 
 def train_stage(stage: Stage, folder: Path, overrides: Sequence[str]) -> None:
@@ -244,6 +251,11 @@ def main() -> None:
     output = (args.output or Path("output/demo_photos" if args.data else "output/demo")).resolve()
 
     setup_logger(name="distill")
+    if args.data and not ROOT.samefile("."):
+        raise DistillError(
+            f"The paths of --data are relative to {ROOT}, where the trainings run: start the demo there."
+        )
+    os.chdir(ROOT)
     if not args.data:
         prepare_digit_scenes()
     opts = [*(photo_opts(*args.data, args.opts) if args.data else []), *args.opts]

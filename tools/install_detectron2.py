@@ -151,6 +151,11 @@ def download(folder: Path) -> Path:
     return archive
 
 
+def digest_of_patches() -> str:
+    """What tells this script's patches from those of an earlier one."""
+    return hashlib.sha256(repr((PATCHES, STUB)).encode()).hexdigest()[:16]
+
+
 def patch(root: Path) -> None:
     """Applies ``PATCHES`` and adds the stub of the extension.
 
@@ -169,7 +174,7 @@ def patch(root: Path) -> None:
             count += n
         if not count:
             raise InstallError(f"{pattern!r} is not in {files}: this is not Detectron2 v0.6. Use --from-source.")
-    (root / "detectron2" / "_C.py").write_text(STUB)
+    (root / "detectron2" / "_C.py").write_text(f'{STUB}\n\nPATCHES = "{digest_of_patches()}"\n')
 
 
 def build_wheel(folder: Path) -> Path:
@@ -193,6 +198,13 @@ def is_installed() -> bool:
     return subprocess.run([sys.executable, "-c", "import detectron2.config"], capture_output=True).returncode == 0
 
 
+def is_outdated() -> bool:
+    """Whether what is installed is this script's build with other patches."""
+    code = "import detectron2._C as c; print(vars(c).get('PATCHES') if c.__file__.endswith('_C.py') else 'compiled')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return result.returncode == 0 and result.stdout.split()[-1] not in ("compiled", digest_of_patches())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_mutually_exclusive_group()
@@ -205,15 +217,19 @@ def main() -> None:
     if args.wheel:
         print(build_wheel(args.wheel))
         return
+    renew = []
     if is_installed():
-        print("detectron2 can be imported already: left alone.")
-        return
+        if args.from_source or not is_outdated():
+            print("detectron2 can be imported already: left alone.")
+            return
+        print("detectron2 was installed by an earlier form of this script: replaced.")
+        renew = ["--force-reinstall", "--no-deps"]
     if args.from_source:
         check_build_environment()
         pip("install", "-q", "--no-build-isolation", *constraint, UPSTREAM)
     else:
         with tempfile.TemporaryDirectory() as tmp:
-            pip("install", "-q", *constraint, str(build_wheel(Path(tmp))))
+            pip("install", "-q", *renew, *constraint, str(build_wheel(Path(tmp))))
     if not is_installed():
         raise InstallError("detectron2 is installed, but `import detectron2` fails: run it to see why.")
     print("detectron2 is installed.")

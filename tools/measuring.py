@@ -132,7 +132,8 @@ def count_operators(run: Callable[[], None], device: str) -> dict[str, int]:
     if not on_cuda:
         return {"operators": sum(x.count for x in events if x.key.startswith(("aten::", "torchvision::")))}
     waits = sum(x.count for x in events if x.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize"))
-    return {"kernels": sum(x.count for x in events if x.key == "cudaLaunchKernel"), "waits": waits}
+    launches = ("cudaLaunchKernel", "cuLaunchKernel")  # and their newer forms, which end in ExC and Ex
+    return {"kernels": sum(x.count for x in events if x.key.startswith(launches)), "waits": waits}
 
 
 def time_in_turns(

@@ -27,10 +27,14 @@ def read_metrics(folder: Path) -> list[dict]:
         folder: a run's OUTPUT_DIR.
 
     Returns:
-        A dict for each record, oldest first.
+        A dict for each record, oldest first. What is no JSON is left out: half a line, or two of which a full disk has
+        cut the first.
     """
-    path = folder / "metrics.json"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    path, records = folder / "metrics.json", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def train(
@@ -66,6 +70,8 @@ def train(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FolderInUse(f"Another process trains in {folder}: wait for it, or end it.") from error
+        except OSError:  # a disk without locks
+            pass
         # the training holds the lock, too, and keeps it should this process be killed
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
     try:

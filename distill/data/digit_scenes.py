@@ -18,8 +18,10 @@ import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, load_voc_instances
-from iopath.common.file_io import file_lock
 from PIL import Image, ImageFilter
+
+from ..errors import DistillError
+from .lock import waiting_lock
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ SETTINGS = {
 
 def cache_dir() -> Path:
     """Folder of the composed scenes: below ``$DISTILL_CACHE``, by default ``~/.cache/distill``."""
-    root = Path(os.environ.get("DISTILL_CACHE") or Path.home() / ".cache" / "distill")
+    root = Path(os.environ.get("DISTILL_CACHE") or os.path.expanduser("~/.cache/distill"))
     digest = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()
     return root / f"digit_scenes_{digest[:12]}"
 
@@ -227,12 +229,21 @@ def prepare_digit_scenes() -> Path:
     folder = cache_dir()
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(str(folder)):
+    with waiting_lock(str(folder), "composes digit_scenes") as is_held:
         if folder.is_dir():
             return folder
+        for draft in folder.parent.glob(f"{folder.name}.*") if is_held else ():
+            if draft.is_dir():  # of a process that was killed
+                shutil.rmtree(draft, ignore_errors=True)
         logger.info(f"Composing digit_scenes into {folder}, once")
-        draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        except OSError as error:
+            raise DistillError(
+                f"The digit scenes cannot be written to {folder.parent}: {error}. Name a folder that you may write to "
+                "by the environment variable DISTILL_CACHE."
+            ) from error
         try:
             for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
                 (draft / name).mkdir(parents=True)
@@ -242,7 +253,8 @@ def prepare_digit_scenes() -> Path:
             draft.rename(folder)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
-            raise
+            if not folder.is_dir():  # where there is no lock, another process may have been faster
+                raise
     return folder
 
 

@@ -14,10 +14,11 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
-from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
+from iopath.common.file_io import PathHandler, get_cache_dir
 from PIL import Image, ImageFile, ImageOps
-from portalocker import LockException
 from tqdm import tqdm
+
+from .lock import waiting_lock
 
 SEEN = "seen://"
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -121,8 +122,8 @@ def seen_path(file: str) -> str:
 
 
 def read_headers(files: Sequence[str], key: str) -> dict[str, Header]:
-    """Reads the headers of many images at a time. They are kept, and read again where a file's time or size changed;
-    of several processes of a machine, one reads.
+    """Reads the headers of many images at a time. They are kept, and read again where a file's time or size changed, or
+    it had a fault; of several processes of a machine, one reads.
 
     Args:
         files: their paths.
@@ -132,15 +133,8 @@ def read_headers(files: Sequence[str], key: str) -> dict[str, Header]:
         Headers by path.
     """
     cache = Path(get_cache_dir()) / "distill" / f"headers_{_VERSION}_{hashlib.sha1(key.encode()).hexdigest()[:16]}.json"
-    while True:
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(str(cache)):
-                return _read_headers(files, cache)
-        except LockException:
-            logger.info("Still waiting for another process, which checks the images.")
-        except OSError:  # a folder that cannot be written
-            return _read_headers(files, None)
+    with waiting_lock(str(cache), "checks the images") as is_held:
+        return _read_headers(files, cache if is_held else None)
 
 
 def _read_headers(files: Sequence[str], cache: Path | None) -> dict[str, Header]:
@@ -154,7 +148,8 @@ def _read_headers(files: Sequence[str], cache: Path | None) -> dict[str, Header]
         for first in range(0, len(files), _AT_ONCE):  # what is read is kept, whatever ends the rest
             part = files[first : first + _AT_ONCE]
             stamps = dict(zip(part, pool.map(_stamp, part)))
-            todo = [file for file in part if kept.get(file, [None])[0] != stamps[file]]
+            # what had a fault is read again, which may have been the disk's
+            todo = [x for x in part if x not in kept or kept[x][0] != stamps[x] or Header(*kept[x][1:]).fault]
             bar.update(len(part) - len(todo))
             fresh = {}
             for file, header in zip(todo, pool.map(read_header, todo)):

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -81,9 +82,16 @@ class TimmHandler(PathHandler):
             ) from error
         state = convert_resnet(network.state_dict())
         os.makedirs(os.path.dirname(cached), exist_ok=True)
-        temporary = f"{cached}.{os.getpid()}.tmp"  # several processes may do this at once
-        torch.save({"model": state, "__author__": "timm", "matching_heuristics": True}, temporary)
-        os.replace(temporary, cached)
+        # several processes may do this at once, also of machines that share the folder
+        handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=os.path.dirname(cached))
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save({"model": state, "__author__": "timm", "matching_heuristics": True}, file)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, cached)
+        except BaseException:  # half a file would fill what is left of the disk
+            os.unlink(temporary)
+            raise
         return cached
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO:

@@ -1,5 +1,7 @@
 """The project: its losses, what is frozen, its data, and both stages on the digits."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,10 @@ def test_a_folder_of_images_a_class(tmp_path):
     train, test = (load_data(f"folder:{tmp_path}", part, 32) for part in (True, False))
     assert (len(train), len(test), train.classes) == (6, 4, ["cat", "dog"])
     assert train[5]["image"].shape == test[3]["image"].shape == (3, 32, 32) and test[3]["label"] == 1
+    shutil.rmtree(tmp_path / "val" / "cat")
+    arguments = ["--data", f"folder:{tmp_path}", "--student", "test_resnet", "--output", str(tmp_path / "out")]
+    with pytest.raises(DistillError, match="has other classes to train on than to test on: cat"):
+        main(parser().parse_args(arguments))
 
 
 def test_the_digits_are_split():

@@ -113,6 +113,9 @@ def main(args: argparse.Namespace) -> dict:
     setup_logger(args.output, name="detectron2")
     seed_all_rng(args.seed)
     train, test = (load_data(args.data, part, args.image_size) for part in (True, False))
+    if list(train.classes) != list(test.classes):
+        differing = sorted(set(train.classes) ^ set(test.classes))
+        raise DistillError(f"{args.data} has other classes to train on than to test on: {', '.join(differing[:10])}.")
     model = build(args, len(train.classes)).to("cuda" if torch.cuda.is_available() else "cpu")
     loader = torch.utils.data.DataLoader(
         train,

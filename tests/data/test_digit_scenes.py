@@ -1,7 +1,10 @@
 """The composed dataset: deterministic, disjoint, consistent, and complete or absent."""
 
+import contextlib
 import json
 import multiprocessing
+from pathlib import Path
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 
 import distill.data  # noqa: F401  registers the dataset
 from distill.data import digit_scenes
+from distill.errors import DistillError
 
 
 def test_same_index_same_scene():
@@ -96,6 +100,42 @@ def test_an_interrupted_composition_leaves_nothing(small, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         digit_scenes.prepare_digit_scenes()
     assert not [p for p in small.iterdir() if p.is_dir()]
+
+
+def test_a_draft_of_a_process_that_was_killed_goes(small):
+    draft = small / f"{digit_scenes.cache_dir().name}.abc"
+    draft.mkdir(parents=True)
+    (draft / "half").write_text("")
+    digit_scenes.prepare_digit_scenes()
+    assert [p.name for p in small.iterdir() if p.is_dir()] == [digit_scenes.cache_dir().name]
+
+
+def test_without_a_lock_the_faster_process_counts(small, monkeypatch):
+    monkeypatch.setattr(digit_scenes, "waiting_lock", lambda *_: contextlib.nullcontext(False))
+    write = digit_scenes._write_split
+
+    def write_slowly(folder, split):
+        write(folder, split)
+        other = digit_scenes.cache_dir()
+        other.mkdir(exist_ok=True)
+        (other / "another's").write_text("")
+
+    monkeypatch.setattr(digit_scenes, "_write_split", write_slowly)
+    assert [p.name for p in digit_scenes.prepare_digit_scenes().iterdir()] == ["another's"]
+    assert [p.name for p in small.iterdir() if p.is_dir()] == [digit_scenes.cache_dir().name]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DistillError, match="cannot be written to .*file/cache: .*variable DISTILL_CACHE"):
+        digit_scenes.prepare_digit_scenes()
+
+
+def test_a_process_without_a_home_has_a_cache_folder(monkeypatch):
+    monkeypatch.delenv("DISTILL_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    assert digit_scenes.cache_dir().parent.name == "distill"
 
 
 def test_other_settings_have_another_folder(small):

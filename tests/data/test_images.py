@@ -1,7 +1,7 @@
 """Images that are damaged, rotated, or not of 8 bits: what is reported, and what Detectron2 reads."""
 
+import contextlib
 import json
-import logging
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageFile
-from portalocker import LockException
 
 from distill.data import images
 from distill.data.check import check_source
@@ -214,19 +213,18 @@ def test_headers_that_were_read_are_kept_when_a_run_is_killed(five_files, monkey
     assert read_headers(five_files, "k")[five_files[4]].width == W and not seen
 
 
-def test_headers_wait_for_a_lock_and_need_no_cache(five_files, monkeypatch, caplog):
-    monkeypatch.setattr("distill.data.images.logger.level", logging.INFO)
-    real, refused = images.file_lock, []
-
-    def lock(path):
-        if not refused:
-            refused.append(path)
-            raise LockException("an hour is over")
-        return real(path)
-
-    monkeypatch.setattr(images, "file_lock", lock)
+@pytest.mark.parametrize("is_held", [True, False])
+def test_headers_need_no_cache(five_files, monkeypatch, caplog, is_held):
+    monkeypatch.setattr(images, "waiting_lock", lambda *_: contextlib.nullcontext(is_held))
     monkeypatch.setattr(Path, "write_text", Mock(side_effect=OSError("disk full")))
     count = Mock(side_effect=read_header)
     monkeypatch.setattr(images, "read_header", count)
-    assert len(read_headers(five_files, "k")) == 5 and count.call_count == 5 and refused
-    assert "disk full" in caplog.text
+    assert len(read_headers(five_files, "k")) == 5 and count.call_count == 5
+    assert ("disk full" in caplog.text) == is_held
+
+
+def test_what_could_not_be_read_once_is_read_again(five_files, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "read_header", lambda file: images.Header(fault="image unreadable"))
+        assert read_headers(five_files, "k")[five_files[0]].fault
+    assert read_headers(five_files, "k")[five_files[0]] == read_header(five_files[0])

@@ -1,5 +1,6 @@
 """The check for GPUs, as far as it goes without one."""
 
+import subprocess
 import sys
 
 import pytest
@@ -53,6 +54,14 @@ def test_losses_are_compared_with_the_cpus(check_gpu, small, monkeypatch):
 def test_times_have_the_precision_in_their_names(check_gpu, small):
     rows = check_gpu.time_steps(small, "cpu", 1, SIZE, "bfloat16")
     assert len(rows) > 5 and all(row["part"].endswith("(bfloat16)") and row["ms"] > 0 for row in rows)
+
+
+def test_processes_that_hang_are_told_of(check_gpu, monkeypatch):
+    def hang(command, timeout, **settings):
+        raise subprocess.TimeoutExpired(command, timeout, b"the log", b" of NCCL")
+
+    monkeypatch.setattr(check_gpu.subprocess, "run", hang)
+    assert check_gpu.train_on_all(2) == (False, "the log of NCCL\nnot done after 600 seconds")
 
 
 def test_all_devices_train(check_gpu):

@@ -61,6 +61,19 @@ def test_one_test_image_is_drawn_and_the_users_check_counts(tmp_path, monkeypatc
     assert (tmp_path / "one.png").exists()
 
 
+def test_damaged_settings_and_another_folder_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    import demo
+
+    (tmp_path / "settings.json").write_text('["DATA')
+    with pytest.raises(DistillError, match="settings.json is damaged: .* Remove the folder"):
+        demo.check_settings(tmp_path, [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--data", "voc:photos:train", "voc:photos:test"])
+    with pytest.raises(DistillError, match="The paths of --data are relative to .* start the demo there"):
+        demo.main()
+
+
 def test_a_wrong_data_set_is_named(tmp_path):
     result = run_script("tools/demo.py", "--output", str(tmp_path), "--data", "voc:/nowhere:train", "voc:/nowhere:test")
     assert result.returncode == 1 and "Traceback" not in result.stderr

@@ -92,11 +92,34 @@ def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch):
         install.download(tmp_path)
 
 
-def test_an_installed_detectron2_is_left_alone():
-    result = subprocess.run(
-        [sys.executable, ROOT / "tools" / "install_detectron2.py"], capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "detectron2 can be imported already: left alone.\n"
+@pytest.mark.parametrize("is_outdated", [False, True])
+def test_an_installed_detectron2_is_left_alone_unless_its_patches_are_others(monkeypatch, capsys, is_outdated):
+    calls = []
+    monkeypatch.setattr(sys, "argv", ["install_detectron2.py"])
+    monkeypatch.setattr(install, "is_outdated", lambda: is_outdated)
+    monkeypatch.setattr(install, "build_wheel", lambda folder: folder / "detectron2.whl")
+    monkeypatch.setattr(install, "pip", lambda *args: calls.append(args))
+    install.main()
+    told = capsys.readouterr().out
+    assert ("left alone" in told, "replaced" in told) == (not is_outdated, is_outdated)
+    assert [call[:4] for call in calls] == [("install", "-q", "--force-reinstall", "--no-deps")] * is_outdated
+
+
+@pytest.mark.parametrize("change", ["", "none", "another", "compiled"])
+def test_builds_with_other_patches_are_told(tree, monkeypatch, change):
+    install.patch(tree)
+    stub = tree / "detectron2" / "_C.py"
+    if change == "none":  # of a time before there was a digest
+        stub.write_text(install.STUB)
+    elif change == "another":
+        stub.write_text(stub.read_text().replace(install.digest_of_patches(), "0" * 16))
+    elif change == "compiled":
+        stub.rename(stub.with_name("compiled.py"))
+        (tree / "detectron2" / "__init__.py").write_text("import sys\nfrom . import compiled as _C\n")
+        with (tree / "detectron2" / "__init__.py").open("a") as f:
+            f.write("sys.modules['detectron2._C'] = _C\n")
+    monkeypatch.chdir(tree)
+    assert install.is_outdated() == (change in ("none", "another"))
 
 
 # The rest asks the Detectron2 that is installed. Our build and the main branch do all of it; v0.6 as released does not,
