@@ -61,6 +61,8 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         (["DATASETS.TEST", "{1: 2}"], "Type mismatch .* for config key: DATASETS.TEST"),
         (["SOLVER.STEPS", "60k"], "SOLVER.STEPS"),
         (["DISTILL.DISTILLERS", "5"], "DISTILL.DISTILLERS"),
+        (["INPUT.CROP.SIZE", "512"], "INPUT.CROP.SIZE"),
+        (["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "10"], "BBOX_REG_WEIGHTS"),
         (["DISTILL.DISTILLERS", "[review, structural]"], "DISTILL.DISTILLERS"),
         (["MODEL.RPN.IN_FEATURES", "[p2, p3]"], "MODEL.RPN.IN_FEATURES"),
         (["MODEL.FPN.NORM", False], "MODEL.FPN.NORM"),

@@ -63,6 +63,24 @@ def test_a_program_that_registers_its_data_is_executed_once(tmp_path):
         load_recipe(str(tmp_path / "lazy" / "other.py"))
 
 
+def test_the_last_resize_is_that_of_training(tmp_path):
+    crop = "L(T.RandomApply)(tfm_or_aug=L(T.AugmentationList)(augs=[L(T.ResizeShortestEdge)(short_edge_length=40)]))"
+    more = "import detectron2.data.transforms as T\nfrom detectron2.config import LazyCall as L\n"
+    more += "resize = L(T.ResizeShortestEdge)(short_edge_length=[48, 80], max_size=133)\n"
+    more += f"dataloader.train.mapper.augmentations = [{crop}, resize]\n"
+    node = LazyRecipe(write_student(tmp_path, more=more)).cfg.INPUT
+    assert (node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN) == ((48, 80), 133)
+
+
+def test_a_train_mapper_of_ones_own_leaves_the_order_of_channels_known(tmp_path):
+    more = "from detectron2.config import LazyCall as L\n\n\ndef make():\n    return dict\n\n\n"
+    more += "dataloader.test.mapper.image_format = '${...train.mapper.image_format}'\n"
+    more += "dataloader.train.mapper = L(make)()\nmodel.input_format = 'RGB'\n"
+    assert LazyRecipe(write_student(tmp_path, more=more)).cfg.INPUT.FORMAT == "RGB"
+    with pytest.raises(DistillError, match="dataloader.test.dataset.names of .* cannot be resolved: Interpolation"):
+        LazyRecipe(write_student(tmp_path, more="dataloader.test.dataset.names = '${nowhere}'\n"))
+
+
 @pytest.mark.parametrize("is_source", [True, False])
 def test_a_config_that_is_no_record_is_not_overwritten(tmp_path, is_source):
     source = write_student(tmp_path, more=f"train.output_dir = {str(tmp_path / 'lazy')!r}\n")

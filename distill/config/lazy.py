@@ -89,6 +89,11 @@ def _quote(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
+def is_of_distillation(opt: str) -> bool:
+    """Whether an override is one of ``distill``, in any of Hydra's spellings."""
+    return opt.lstrip("+~").startswith(("distill.", "distill="))
+
+
 def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False) -> None:
     """Writes a Python config that is another one with overrides.
 
@@ -105,7 +110,7 @@ def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False)
         if text.startswith(_RECORD):
             had_none = ".pop('distill'" in text
             source, earlier = _read_record(text)
-            earlier = [opt for opt in earlier if not (plain and opt.startswith("distill."))]
+            earlier = [opt for opt in earlier if not (plain and is_of_distillation(opt))]
             opts, from_zoo, plain = [*earlier, *opts], False, plain or had_none
     location = f"model_zoo.get_config_file({name!r})" if from_zoo else repr(os.path.abspath(source))
     lines = "".join(f"    {opt!r},\n" for opt in opts)

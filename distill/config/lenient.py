@@ -68,4 +68,6 @@ def _is_one_of(value: Any, default: Sequence[Any]) -> bool:
     if value == "" or (isinstance(value, str) and not default):
         return True
     kinds = {type(element) for element in default} & {str, int, float}
+    if len(default) > 1 and str not in kinds:
+        return False  # a list of numbers that has a length, such as INPUT.CROP.SIZE
     return type(value) in kinds or (type(value) is int and float in kinds)

@@ -176,7 +176,7 @@ class Trainer(TrainerBase):
             DistillError: the weights cannot be read, or the processes do not go on from the same checkpoint.
         """
         last = agreed_checkpoint(self.checkpointer) if resume else ""
-        path = last or self.cfg.MODEL.WEIGHTS
+        path = last or self.cfg.MODEL.WEIGHTS or ""
         failure, message = None, ""
         hint = "to start anew, or with another optimizer or other distillers, leave --resume out"
         try:

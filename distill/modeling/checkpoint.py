@@ -52,7 +52,15 @@ class StrictCheckpointer(DetectionCheckpointer):
                 f"The {self.role}'s weights {path!r} cannot be read: {error}. Give an existing file or a URL that "
                 "this machine reaches."
             ) from error
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        except DistillError:
+            raise
+        except Exception as error:  # fvcore's, of what is no tensor; Detectron2's, of a file by another name
+            raise DistillError(
+                f"The {self.role}'s weights {path!r} cannot be loaded: {str(error).strip() or type(error).__name__}: "
+                "expected a Detectron2 checkpoint ({'model': {name: tensor}})."
+            ) from error
 
     def _load_file(self, filename: str) -> dict:
         try:

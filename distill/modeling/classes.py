@@ -1,5 +1,6 @@
 """Which of the teacher's classes is which of the student's."""
 
+import logging
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -7,6 +8,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import DistillError
 from .teacher import teacher_recipe
+
+logger = logging.getLogger(__name__)
 
 _EXPECTED = (
     "expected [] (both have the same classes), ['names'] (classes of one name are the same), or pairs "
@@ -29,15 +32,16 @@ def build_class_map(cfg: CfgNode) -> dict[int, int] | None:
     """
     pairs = list(cfg.DISTILL.CLASS_MAP)
     if not pairs:
+        _warn_of_other_names(cfg)
         return None
     given = [pair.split("=") for pair in pairs]
     if pairs != ["names"] and not all(len(pair) == 2 and all(pair) for pair in given):
         raise DistillError(f"DISTILL.CLASS_MAP is {pairs!r}: {_EXPECTED}.")
-    sets = {"student": cfg.DATASETS.TRAIN, "teacher": teacher_recipe(cfg).cfg.DATASETS.TRAIN}
+    sets = _datasets(cfg)
     if pairs != ["names"] and all(side.isdigit() for pair in given for side in pair):
-        names = [_known(datasets) for datasets in sets.values()]  # a digit may be the name of a class
+        names = [_known(name) for name in sets.values()]  # a digit may be the name of a class
     else:
-        names = [_names(datasets, side) for side, datasets in sets.items()]
+        names = [_names(name, side) for side, name in sets.items()]
     if pairs == ["names"]:
         shared = [(own, names[1].index(name)) for own, name in enumerate(names[0]) if name in names[1]]
         if not shared:
@@ -64,17 +68,37 @@ def _unique(found: list[tuple[int, int]], pairs: list[str]) -> dict[int, int]:
     return dict(found)
 
 
-def _known(datasets: Sequence[str]) -> list[str]:
-    """The names of the classes of a side's first training dataset, as far as it says them without being read."""
-    is_registered = bool(datasets) and datasets[0] in DatasetCatalog.list()
-    return list(MetadataCatalog.get(datasets[0]).get("thing_classes") or []) if is_registered else []
+def _datasets(cfg: CfgNode) -> dict[str, str]:
+    """The name of each side's first training dataset; the teacher's is not that of this run's where both configs
+    register another one by it."""
+    own = teacher_recipe(cfg).cfg.DATASETS
+    sets = {side: node.TRAIN[0] if node.TRAIN else "" for side, node in (("student", cfg.DATASETS), ("teacher", own))}
+    entries = [{str(entry).partition("=")[0]: str(entry) for entry in node.REGISTER} for node in (cfg.DATASETS, own)]
+    name = sets["teacher"]
+    if name in entries[0] and entries[1].get(name, entries[0][name]) != entries[0][name]:
+        sets["teacher"] = f"{name} as the teacher's config registers it"
+    return sets
 
 
-def _names(datasets: Sequence[str], side: str) -> list[str]:
-    name = datasets[0] if datasets else ""
-    if name in DatasetCatalog.list() and not _known(datasets):
+def _warn_of_other_names(cfg: CfgNode) -> None:
+    names = [_known(name) for name in _datasets(cfg).values()]
+    if all(names) and len(names[0]) == len(names[1]) and names[0] != names[1]:
+        index = next(i for i, (own, given) in enumerate(zip(*names)) if own != given)
+        logger.warning(
+            f"Class {index} is {names[0][index]!r} in the student's dataset and {names[1][index]!r} in the teacher's. "
+            "Classifications are compared by number: set DISTILL.CLASS_MAP ['names'] to compare those of one name."
+        )
+
+
+def _known(name: str) -> list[str]:
+    """The names of a dataset's classes, as far as it says them without being read."""
+    return list(MetadataCatalog.get(name).get("thing_classes") or []) if name in DatasetCatalog.list() else []
+
+
+def _names(name: str, side: str) -> list[str]:
+    if name in DatasetCatalog.list() and not _known(name):
         DatasetCatalog.get(name)  # a COCO file says its classes once it is read
-    names = _known(datasets)
+    names = _known(name)
     if names:
         return names
     raise DistillError(

@@ -158,10 +158,18 @@ def teacher_recipe(cfg: CfgNode) -> Recipe:
             "config of Detectron2's model zoo such as 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
         )
     recipe = load_recipe(node.CONFIG_FILE, node.OPTS, cfg.DISTILL.IMPORTS)
+    if recipe.is_distilled and recipe.cfg.DISTILL.STUDENT.INPUT_SCALE != 1:
+        log_first_n(
+            logging.WARNING,
+            f"The teacher ({node.CONFIG_FILE}) learned from scaled images (DISTILL.STUDENT.INPUT_SCALE "
+            f"{recipe.cfg.DISTILL.STUDENT.INPUT_SCALE:g} of its own config), and is given whole ones here.",
+            name=logger.name,
+        )
     recipe.cfg = own = student_config(recipe.cfg)
+    in_opts = {str(opt).partition("=")[0] for opt in node.OPTS} & {"MODEL.WEIGHTS", "train.init_checkpoint"}
     if node.WEIGHTS:
         own.MODEL.WEIGHTS = node.WEIGHTS
-    elif resolve_config_file(node.CONFIG_FILE)[1]:
+    elif not in_opts and resolve_config_file(node.CONFIG_FILE)[1]:
         with contextlib.suppress(RuntimeError):  # a config that the zoo has no weights for
             own.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
     if not own.MODEL.WEIGHTS:

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from ..config import check_record, load_lazy_config, override, resolve_config_file, write_record
+from ..config import check_record, is_of_distillation, load_lazy_config, override, resolve_config_file, write_record
 from ..data import CheckedMapper
 from ..errors import DistillError
 from ..evaluation import forget_cached
@@ -87,17 +87,22 @@ class LazyRecipe(Recipe):
         plain = copy.copy(self)
         plain.lazy = copy.deepcopy(self.lazy)
         plain.lazy.pop("distill", None)
-        plain._opts = [opt for opt in self._opts if not opt.lstrip("+").startswith("distill.")]
+        plain._opts = [opt for opt in self._opts if not is_of_distillation(opt)]
         scale = self.cfg.DISTILL.STUDENT.INPUT_SCALE
-        if scale != 1:  # the sizes of training images become those that the student saw
-            augmentations = OmegaConf.select(plain.lazy, _AUGMENTATIONS)
-            _scale_resizes(augmentations, scale)
-            plain._opts += [  # for a record, which executes the original file
-                f"{_AUGMENTATIONS}.{i}.{key}={node[key]}"
-                for i, node in enumerate(OmegaConf.to_container(augmentations, resolve=True))
-                for key in ("short_edge_length", "max_size")
-                if key in node
-            ]
+        augmentations = OmegaConf.select(plain.lazy, _AUGMENTATIONS)
+        if scale != 1 and augmentations is not None:  # the sizes of training images become those that the student saw
+            try:
+                _scale_resizes(augmentations, scale)
+            except DistillError as error:  # nobody needs them to detect
+                logger.warning(f"The sizes of images in dataloader.train stay those of the teacher. {error}")
+                plain.lazy.dataloader.train = copy.deepcopy(self.lazy.dataloader.train)
+            else:
+                plain._opts += [  # for a record, which executes the original file
+                    f"{_AUGMENTATIONS}.{i}.{key}={'null' if node[key] is None else node[key]}"
+                    for i, node in enumerate(OmegaConf.to_container(augmentations, resolve=True))
+                    for key in ("short_edge_length", "max_size")
+                    if key in node
+                ]
         plain._read()
         return plain
 

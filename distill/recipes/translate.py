@@ -80,10 +80,11 @@ def translate(lazy: DictConfig, origin: str) -> CfgNode:
             node = node[part]
         node[leaf] = _value(lazy, name, node[leaf], origin)
     for key, name in (("TRAIN", "train"), ("TEST", "test")):
-        names = OmegaConf.select(lazy, f"dataloader.{name}.dataset.names")
+        names = _select(lazy, f"dataloader.{name}.dataset.names", origin)
         if names is not None:
             cfg.DATASETS[key] = (names,) if isinstance(names, str) else tuple(names)
-        resize = next(_resizes(OmegaConf.select(lazy, f"dataloader.{name}.mapper.augmentations")), None)
+        # the last one decides: others may be inside of what is applied to some images
+        *_, resize = None, *_resizes(_select(lazy, f"dataloader.{name}.mapper.augmentations", origin))
         if resize is not None:
             lengths = resize.short_edge_length
             lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
@@ -100,7 +101,7 @@ def translate(lazy: DictConfig, origin: str) -> CfgNode:
         cfg.MODEL[CLASS_NODES[kind]].NUM_CLASSES = heads.get("num_classes", 80)
         cfg.MODEL.MASK_ON = heads.get("mask_in_features") is not None
         cfg.MODEL.KEYPOINT_ON = heads.get("keypoint_in_features") is not None
-    mask_format = OmegaConf.select(lazy, "dataloader.train.mapper.instance_mask_format")
+    mask_format = _select(lazy, "dataloader.train.mapper.instance_mask_format", origin)
     cfg.INPUT.MASK_FORMAT = mask_format or cfg.INPUT.MASK_FORMAT
     if not isinstance(lazy.get("distill", {}), Mapping):
         raise DistillError(f"distill is {lazy.distill!r} in {origin}: expected a dict with the keys of DISTILL.")
@@ -115,16 +116,21 @@ def translate(lazy: DictConfig, origin: str) -> CfgNode:
 def _value(lazy: DictConfig, name: str, default: Any, origin: str) -> Any:
     """A value of a Python config, of the type of the yaml key's default."""
     kind = type(default)
+    value = _select(lazy, name, origin)
     try:
-        value = OmegaConf.select(lazy, name)
         converted = default if value is None else kind(value)
         if value is None or (converted == value and isinstance(value, bool) == isinstance(default, bool)):
             return converted
-    except OmegaConfBaseException as error:  # an interpolation of nothing
-        raise DistillError(f"{name} of {origin} cannot be resolved: {str(error).splitlines()[0]}.") from error
     except (ValueError, TypeError):
         pass
     raise DistillError(f"{name} is {value!r} in {origin}: expected a value of type {kind.__name__}.")
+
+
+def _select(lazy: DictConfig, name: str, origin: str) -> Any:
+    try:
+        return OmegaConf.select(lazy, name)
+    except OmegaConfBaseException as error:  # an interpolation of nothing
+        raise DistillError(f"{name} of {origin} cannot be resolved: {str(error).splitlines()[0]}.") from error
 
 
 def image_format(lazy: DictConfig) -> str:
@@ -137,8 +143,12 @@ def image_format(lazy: DictConfig) -> str:
         "BGR" or "RGB", or whatever else it says.
     """
     names = ("dataloader.train.mapper.image_format", "dataloader.test.mapper.image_format", "model.input_format")
-    found = (OmegaConf.select(lazy, name, throw_on_missing=False) for name in names)
-    return next((x for x in found if x), "BGR")
+    for name in names:
+        # a test mapper may refer to that of training, where another one stands
+        with contextlib.suppress(OmegaConfBaseException):
+            if found := OmegaConf.select(lazy, name, throw_on_missing=False):
+                return found
+    return "BGR"
 
 
 def explain(error: DistillError, config_file: str) -> str:

@@ -236,6 +236,32 @@ def test_class_maps(named, pairs, expected):
     assert build_class_map(named) == expected
 
 
+@pytest.mark.parametrize("order, warned", [(["cell", "dog", "person"], 0), (["dog", "cell", "person"], 1), (["a"], 0)])
+def test_other_names_without_a_map_are_warned_of(named, caplog, order, warned):
+    DatasetCatalog.register("classes_of_the_teacher", lambda: [])
+    MetadataCatalog.get("classes_of_the_teacher").thing_classes = order
+    named.DISTILL.TEACHER.OPTS = ["DATASETS.TRAIN", "['classes_of_the_teacher']"]
+    assert build_class_map(named) is None
+    assert caplog.text.count("Class 0 is 'cell' in the student's dataset and 'dog' in the teacher's.") == warned
+    DatasetCatalog.remove("classes_of_the_teacher")
+    MetadataCatalog.remove("classes_of_the_teacher")
+
+
+def test_another_dataset_by_the_same_name_does_not_name_the_teachers_classes(named, caplog):
+    named.DATASETS.REGISTER = ["classes_of_the_student=voc:/new:train"]
+    own = ["DATASETS.TRAIN", "['classes_of_the_student']", "DATASETS.REGISTER"]
+    for entry, is_same in (("voc:/new:train", True), ("voc:/old:train", False)):
+        named.DISTILL.TEACHER.OPTS = [*own, str([f"classes_of_the_student={entry}"])]
+        named.DISTILL.CLASS_MAP = []
+        assert build_class_map(named) is None and not caplog.text
+        named.DISTILL.CLASS_MAP = ["names"]
+        if is_same:
+            assert build_class_map(named) == {0: 0, 1: 1, 2: 2}
+        else:
+            with pytest.raises(DistillError, match="those of the teacher are not known, .* config registers it"):
+                build_class_map(named)
+
+
 def test_a_digit_that_is_the_name_of_a_class_is_that_name(named):
     MetadataCatalog.get("classes_of_the_student").thing_classes[:] = ["1", "2", "0"]
     named.DISTILL.CLASS_MAP = ["1=1", "2=7"]  # COCO's names are none

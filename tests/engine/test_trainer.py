@@ -193,6 +193,12 @@ def test_nothing_to_train_on_or_to_evaluate_is_refused():
         YamlRecipe(cfg).check_evaluation(True)
 
 
+def test_no_weights_are_none(tmp_path):
+    cfg = detector_cfg("retinanet", **{"OUTPUT_DIR": str(tmp_path)})
+    cfg.MODEL.WEIGHTS = None
+    OneBatchTrainer(cfg).resume_or_load(resume=False)
+
+
 def test_a_script_of_ones_own_has_the_packages_log(tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("distill"), "handlers", [])
     cfg = detector_cfg("retinanet", **{"OUTPUT_DIR": str(tmp_path)})

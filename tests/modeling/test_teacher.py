@@ -48,6 +48,38 @@ def test_zoo_config_without_weights_takes_the_zoos(cfg):
     assert teacher_recipe(cfg).cfg.MODEL.WEIGHTS.endswith("/137851257/model_final_f6e8b1.pkl")
 
 
+@pytest.mark.parametrize(
+    "name, opts",
+    [
+        ("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", ["MODEL.WEIGHTS", "mine.pth"]),
+        ("new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py", ["train.init_checkpoint=mine.pth"]),
+    ],
+)
+def test_weights_among_the_overrides_count(cfg, name, opts):
+    values = {"CONFIG_FILE": name, "WEIGHTS": "", "OPTS": opts}
+    set_all(cfg, {f"DISTILL.TEACHER.{key}": value for key, value in values.items()})
+    assert teacher_recipe(cfg).cfg.MODEL.WEIGHTS == "mine.pth"
+
+
+def test_a_teacher_that_learned_from_scaled_images_is_warned_of(cfg, tmp_path, caplog):
+    for scale in (1.0, 0.5):
+        set_all(cfg, {"DISTILL.STUDENT.INPUT_SCALE": scale})
+        (tmp_path / f"{scale}.yaml").write_text(cfg.dump())
+        other = cfg.clone()
+        set_all(other, {"DISTILL.TEACHER.CONFIG_FILE": str(tmp_path / f"{scale}.yaml")})
+        teacher_recipe(other)
+    assert caplog.text.count("learned from scaled images (DISTILL.STUDENT.INPUT_SCALE 0.5 of its own config)") == 1
+    assert "1.0.yaml) learned" not in caplog.text
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"state_dict": x}, lambda x: {"model": {**x, "step": 3}}])
+def test_checkpoints_of_another_layout_are_one_error(cfg, wrap):
+    path = cfg.DISTILL.TEACHER.WEIGHTS
+    torch.save(wrap(torch.load(path)["model"]), path)
+    with pytest.raises(DistillError, match="cannot be loaded: Unsupported type .*: expected a Detectron2 checkpoint"):
+        build_teacher(cfg)
+
+
 def test_overrides_reach_the_teacher_alone(cfg):
     set_all(cfg, {"DISTILL.TEACHER.OPTS": ["MODEL.FPN.OUT_CHANNELS", 24]})
     assert teacher_recipe(cfg).cfg.MODEL.FPN.OUT_CHANNELS == 24 and cfg.MODEL.FPN.OUT_CHANNELS == 16

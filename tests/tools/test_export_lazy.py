@@ -78,6 +78,34 @@ def test_a_config_that_cannot_be_dumped_is_exported_as_its_file_and_overrides(tm
     assert LazyRecipe(distilled).cfg.DISTILL.BALANCE == 0
 
 
+def test_every_spelling_of_distillation_is_left_out(tmp_path):
+    more = "model.roi_heads.box_head.conv_norm = lambda channels: None\n"  # no dump can be read again
+    for opts in (["distill={DISTILLERS:[review]}"], ["+distill.DISTILLERS=[review]"]):
+        recipe = LazyRecipe(write_student(tmp_path, more=more), [*opts, "train.device=cpu"])
+        assert recipe.is_distilled
+        written = recipe.plain().write(str(tmp_path), "model_final.pth")
+        write_record(str(tmp_path / "again.py"), written, [], plain=True)
+        for record in (written, str(tmp_path / "again.py")):
+            assert not LazyRecipe(record).is_distilled
+
+
+def test_augmentations_that_cannot_be_scaled_are_left_alone(tmp_path, caplog):
+    sizes = "target_height=64, target_width=64"
+    more = "import detectron2.data.transforms as T\nfrom detectron2.config import LazyCall as L\n"
+    more += "dataloader.train.mapper.augmentations = [L(T.ResizeShortestEdge)(short_edge_length=60, max_size=None)]\n"
+    for resize, warned in (("", False), (f"L(T.ResizeScale)(min_scale=0.1, max_scale=2.0, {sizes})", True)):
+        path = write_student(tmp_path, more=more + f"dataloader.train.mapper.augmentations += [{resize}]\n")
+        recipe = LazyRecipe(path, ["distill.STUDENT.INPUT_SCALE=0.5", "distill.DISTILLERS=[review]"])
+        plain = recipe.plain()
+        lengths = [x.short_edge_length for x in plain.lazy.dataloader.train.mapper.augmentations if "max_size" in x]
+        assert lengths == [60 if warned else 30]
+        assert ("stay those of the teacher. At DISTILL.STUDENT.INPUT_SCALE below 1" in caplog.text) == warned
+        plain._opts.append("model.roi_heads.box_head.conv_norm=null")
+        write_record(str(tmp_path / "record.py"), path, plain._opts, plain=True)
+        resize = LazyConfig.load(str(tmp_path / "record.py")).dataloader.train.mapper.augmentations[0]
+        assert resize.max_size is None
+
+
 def test_a_config_with_a_class_of_its_own_is_exported_as_its_file_and_overrides(tmp_path):
     more = (
         "from detectron2.modeling.meta_arch import GeneralizedRCNN\n"
