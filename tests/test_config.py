@@ -87,6 +87,8 @@ VALUES = {
     "DISTILL.REVIEW.LOSS_WEIGHT": ("2.5", 2.5),
     "SOLVER.MAX_ITER": ("7", 7),
     "DATASETS.CHECK": ("off", "off"),
+    "DISTILL.REVIEW.POOL_SIZES": ("4", [4]),
+    "TEST.AUG.MIN_SIZES": ("800", (800,)),
 }
 
 

@@ -27,6 +27,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 import distill.modeling  # noqa: F401  registers its backbones and meta-architectures
+from distill.config import forget_record
 from distill.data import register_from_config
 from distill.errors import DistillError
 from distill.export import (
@@ -103,8 +104,7 @@ def export(config_file: str, weights: str, output: str, opts: list[str]) -> None
     folder = folder.resolve()  # what the config says of it holds wherever it is loaded from
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
-    for name in ("config.py", "config.yaml", "config.yaml.pkl"):  # of an earlier export, maybe of the other kind
-        (folder / name).unlink(missing_ok=True)
+    forget_record(str(folder))  # of an earlier export of a Python config
     written = recipe.write(str(folder), str(folder / "model_final.pth"))
     logger.info(f"{folder} holds {Path(written).name} and model_final.pth")
     if imports:

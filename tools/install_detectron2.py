@@ -229,7 +229,13 @@ def main() -> None:
         pip("install", "-q", "--no-build-isolation", *constraint, UPSTREAM)
     else:
         with tempfile.TemporaryDirectory() as tmp:
-            pip("install", "-q", *renew, *constraint, str(build_wheel(Path(tmp))))
+            try:
+                pip("install", "-q", *renew, *constraint, str(build_wheel(Path(tmp))))
+            except InstallError as error:
+                if not renew or not is_installed():
+                    raise
+                print(f"It could not be replaced, so the earlier one stays. {error}")
+                return
     if not is_installed():
         raise InstallError("detectron2 is installed, but `import detectron2` fails: run it to see why.")
     print("detectron2 is installed.")

@@ -91,7 +91,7 @@ def _quote(text: str) -> str:
 
 def is_of_distillation(opt: str) -> bool:
     """Whether an override is one of ``distill``, in any of Hydra's spellings."""
-    return opt.lstrip("+~").startswith(("distill.", "distill="))
+    return re.match(r"[+~]*distill([.=]|$)", opt) is not None
 
 
 def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+# lists of several numbers, each with a meaning of its own
+_OF_FIXED_LENGTH = ("SIZE", "BBOX_REG_WEIGHTS", "PIXEL_MEAN", "PIXEL_STD", "EXPONENTS")
+
 
 def fit(values: dict, defaults: CfgNode) -> CfgNode:
     """Brings values to the types of the keys that they are for, where that loses nothing.
@@ -56,7 +59,7 @@ def _fit_value(key: str, value: Any, default: Any) -> Any:
         return "off"  # which yaml reads as False
     if isinstance(default, float) and type(literal) is int:
         return float(literal)
-    if isinstance(default, list | tuple) and _is_one_of(literal, default):
+    if isinstance(default, list | tuple) and key not in _OF_FIXED_LENGTH and _is_one_of(literal, default):
         return type(default)([literal] if literal != "" else [])
     return value
 
@@ -68,6 +71,4 @@ def _is_one_of(value: Any, default: Sequence[Any]) -> bool:
     if value == "" or (isinstance(value, str) and not default):
         return True
     kinds = {type(element) for element in default} & {str, int, float}
-    if len(default) > 1 and str not in kinds:
-        return False  # a list of numbers that has a length, such as INPUT.CROP.SIZE
     return type(value) in kinds or (type(value) is int and float in kinds)

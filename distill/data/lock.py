@@ -1,8 +1,8 @@
 """Waiting for another process that does the same work."""
 
 import contextlib
+import fcntl
 import logging
-import time
 from collections.abc import Iterator
 
 from iopath.common.file_io import file_lock
@@ -23,17 +23,26 @@ def waiting_lock(path: str, doing: str) -> Iterator[bool]:
         Whether the lock is held: not where the folder cannot be written, or its disk has no locks.
     """
     with contextlib.ExitStack() as stack:
-        is_held = None
-        while is_held is None:
-            began = time.monotonic()
+        is_held = False
+        while not is_held:
+            lock = file_lock(path)  # makes the folder
+            if not _has_locks(f"{path}.lock"):
+                break
             try:
-                stack.enter_context(file_lock(path))
+                stack.enter_context(lock)
                 is_held = True
-            except OSError:
-                is_held = False
-            except LockException:  # after an hour; at once where the disk has no locks
-                if time.monotonic() - began < 1:
-                    is_held = False
-                else:
-                    logger.info(f"Still waiting for another process, which {doing}.")
+            except LockException:  # after an hour
+                logger.info(f"Still waiting for another process, which {doing}.")
         yield is_held
+
+
+def _has_locks(path: str) -> bool:
+    """Whether a file can be locked, now or once another process lets go of it."""
+    try:
+        with open(path, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # another user's file, a disk without locks
+        return False
+    return True

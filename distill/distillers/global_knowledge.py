@@ -1,6 +1,7 @@
 """Global knowledge (PGM + RDM): Tang, Zhang, Cheng et al., ECCV 2022, arXiv 2210.09022."""
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,6 +35,8 @@ from .instances import (
     mean_over_processes,
     paired_logits,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @DISTILLER_REGISTRY.register()
@@ -154,6 +157,13 @@ class GlobalKnowledgeDistiller(Distiller):
             views = model.frozen_views([])  # an error now rather than after the search
             self._check_response(*views)
             check_corner_anchors(*views)
+            number = views[0].num_classes if self.class_map is None else len(self.class_map)
+            if number + views[0].scores_background < 2:
+                logger.warning(
+                    "The response part of GlobalKnowledgeDistiller compares classes with each other, and there is one "
+                    "only, without background: the part is left out."
+                )
+                self.response_weight = None
         hooks = [] if self.local_distiller is None else self.local_distiller.build_hooks(model)
         return [PrototypeHook(model, self.prototypes, **self.hook_settings), *hooks]
 
@@ -222,7 +232,8 @@ class GlobalKnowledgeDistiller(Distiller):
 
     def _check_response(self, student: DetectorView, teacher: DetectorView) -> None:
         what, otherwise = "The response part of GlobalKnowledgeDistiller", "switch the part off"
-        check_classifications(student, teacher, self.class_map, what, f"{otherwise}: DISTILL.GLOBAL.RESPONSE_ON False")
+        otherwise += ": DISTILL.GLOBAL.RESPONSE_ON False"
+        check_classifications(student, teacher, self.class_map, what, otherwise, with_softmax=False)
 
 
 def _check(node: CfgNode) -> None:

@@ -231,5 +231,5 @@ def check_classifications(
     if with_softmax and len(class_map or range(student.num_classes)) + has_background < 2:
         raise DistillError(
             f"{what} compares classes with each other, and there is one class only, without background: for RetinaNet "
-            f"and FCOS choose LogitDistiller with DISTILL.LOGIT.KIND BCKD, or {otherwise}."
+            f"and FCOS choose BCKD, or {otherwise}."
         )

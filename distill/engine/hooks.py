@@ -98,8 +98,7 @@ class Evaluate(hooks.EvalHook):
     """Detectron2's, which also evaluates a training that fails in its last iteration, before it tells the failure, and
     of several processes only those that failed: not this one."""
 
-    def before_train(self) -> None:
-        self._reached = -1
+    _reached = -1  # also where another hook fails before the training
 
     def after_step(self) -> None:
         self._reached = self.trainer.iter

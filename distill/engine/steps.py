@@ -81,10 +81,10 @@ class StepTrainer(SimpleTrainer):
         Raises:
             ValueError: it is of another optimizer, which torch would find out in the next step only.
         """
-        own, given = (set(x["param_groups"][0]) for x in (self.optimizer.state_dict(), state_dict["optimizer"]))
-        lacking = own - given - {"initial_lr"}
+        own = set(self.optimizer.param_groups[0])
+        super().load_state_dict(state_dict)
+        lacking = own - set(self.optimizer.param_groups[0])  # torch fills in what its earlier releases did not have
         if lacking:
             raise ValueError(f"the optimizer's state is another optimizer's: it lacks {', '.join(sorted(lacking))}.")
-        super().load_state_dict(state_dict)
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

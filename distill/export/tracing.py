@@ -102,7 +102,7 @@ def nms_of_files() -> Iterator[None]:
     """Runs Detectron2's NMS as traced files have it, for a comparison with one.
 
     torchvision's keeps classes apart by offsets when it is traced, whose rounding can tip an IoU at the threshold, and
-    of more than 1000 boxes exactly when it is not.
+    exactly when it is not and there are many boxes (on the CPU more than 1000).
     """
 
     def by_offsets(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:

@@ -56,7 +56,7 @@ class StrictCheckpointer(DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         except DistillError:
             raise
-        except Exception as error:  # fvcore's, of what is no tensor; Detectron2's, of a file by another name
+        except (ValueError, AssertionError) as error:  # fvcore's, of what is no tensor; Detectron2's, of no such file
             raise DistillError(
                 f"The {self.role}'s weights {path!r} cannot be loaded: {str(error).strip() or type(error).__name__}: "
                 "expected a Detectron2 checkpoint ({'model': {name: tensor}})."

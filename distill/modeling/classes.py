@@ -81,7 +81,10 @@ def _datasets(cfg: CfgNode) -> dict[str, str]:
 
 
 def _warn_of_other_names(cfg: CfgNode) -> None:
-    names = [_known(name) for name in _datasets(cfg).values()]
+    try:
+        names = [_known(name) for name in _datasets(cfg).values()]
+    except DistillError:  # there is no config of the teacher: somebody builds it otherwise
+        return
     if all(names) and len(names[0]) == len(names[1]) and names[0] != names[1]:
         index = next(i for i, (own, given) in enumerate(zip(*names)) if own != given)
         logger.warning(

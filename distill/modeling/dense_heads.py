@@ -186,7 +186,7 @@ def corner_anchors(detector: nn.Module) -> Tensor:
     Returns:
         ``Tensor[R, 4]``: the anchors, or the points as empty boxes, in pixels of the image as the detector sees it.
     """
-    numbers = detector.anchor_generator.num_anchors
+    numbers = detector.anchor_generator.num_cell_anchors
     return decode_boxes(detector, [torch.zeros(1, 4 * number, 2, 2, device=detector.device) for number in numbers])[0]
 
 

@@ -22,12 +22,13 @@ _PATIENCE = 5  # measurements in a row
 class LossWeights:
     """Weighs the distillers' losses, and measures their gradients beside the detection losses'.
 
-    Every ``period`` iterations the gradient of each distiller's unweighted losses at the student's features is
-    measured (one backward pass from the losses down to the features for each distiller and one for the detection
-    losses, none through the backbone). With ``balance`` b, a distiller's losses are scaled by b / r, r being the
-    running geometric mean of |distiller's gradient| / |detection losses' gradient|, over the images of all processes.
-    It is kept in the distiller, and so in the checkpoint. To Detectron2's event storage go ``weight/LOSS`` of each loss
-    and ``gradient_ratio/NAME`` of each distiller, the latter with its losses weighted as they are applied.
+    Every ``period`` iterations (and, of a distiller that had nothing to compare so far, in each) the gradient of each
+    distiller's unweighted losses at the student's features is measured (one backward pass from the losses down to the
+    features for each distiller and one for the detection losses, none through the backbone). With ``balance`` b, a
+    distiller's losses are scaled by b / r, r being the running geometric mean of |distiller's gradient| / |detection
+    losses' gradient|, over the images of all processes. It is kept in the distiller, and so in the checkpoint. To
+    Detectron2's event storage go ``weight/LOSS`` of each loss and ``gradient_ratio/NAME`` of each distiller, the latter
+    with its losses weighted as they are applied.
 
     Args:
         distillers: by name.
@@ -84,11 +85,12 @@ class LossWeights:
             if self._is_first:
                 _check_dependence(distilled, inputs)
                 self._update_scales()  # what a checkpoint brought
-            unmeasured = self._balance and len(self._scales) < len(self._distillers)
-            due = self._period and storage.iter % self._period == 0 and storage.iter != self._measured_at
-            if due or unmeasured:  # due once a step, which may have several batches
+            wanted = list(self._distillers)
+            if not (self._period and storage.iter % self._period == 0):  # those that had nothing to compare so far
+                wanted = [name for name in wanted if self._balance and name not in self._scales]
+            if wanted and storage.iter != self._measured_at:  # once a step, which may have several batches
                 self._measured_at = storage.iter
-                self._measure(detection, distilled, inputs)
+                self._measure(detection, {name: distilled[name] for name in wanted}, inputs)
             self._is_first = False
         weights = self._weights(distilled, storage.iter)
         for losses in weights.values() if comm.is_main_process() else ():  # which alone writes them
@@ -125,7 +127,7 @@ class LossWeights:
                     "backbone is frozen. Set DISTILL.BALANCE 0."
                 )
             return
-        measured = _gradient_ratios(detection, {name: distilled[name] for name in self._distillers}, inputs)
+        measured = _gradient_ratios(detection, distilled, inputs)
         for name, ratio in measured.items():
             distiller = self._distillers[name]
             count = distiller.num_measurements.item()
@@ -136,7 +138,7 @@ class LossWeights:
 
         weights = self._weights(distilled, get_event_storage().iter)
         applied = {name: ratio * max(weights[name].values(), default=0.0) for name, ratio in measured.items()}
-        uneven = {name: d for name, d in self._distillers.items() if d.decay and d.undecayed}
+        uneven = [name for name in distilled if self._distillers[name].decay and self._distillers[name].undecayed]
         if uneven:  # some of their losses have another weight than the others
             weighted = {name: {k: x * weights[name][k] for k, x in distilled[name].items()} for name in uneven}
             applied.update(_gradient_ratios(detection, weighted, inputs))

@@ -36,7 +36,8 @@ class TimmBackbone(Backbone):
         norm: what its batch norms are: "BN", "FrozenBN", "SyncBN" or "GN". Other norms stay as they are.
         weights: see :func:`read_weights`; or one of timm's tags.
         freeze_at: as MODEL.BACKBONE.FREEZE_AT of Detectron2's ResNet: 0 freezes nothing, 1 the first convolution
-            and its norm, k all up to the stage of stride 2^k. Their batch norms become FrozenBN.
+            and its norm, k all up to the stage of stride 2^k (where no stage is that fine, as 1). Their batch norms
+            become FrozenBN.
 
     Attributes:
         pretrained: timm's name of the weights that it starts from; empty for a file's, or none.
@@ -225,28 +226,25 @@ def _freeze(network: nn.Module, name: str, freeze_at: int, strides: Sequence[int
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: expected 0 to {int(math.log2(strides[-1]))} for a network whose "
             f"last stage has stride {strides[-1]}. 0 freezes nothing, 1 the first convolution, 2 all up to stride 4."
         )
-    if freeze_at == 1:
+    frozen = _names_up_to(network, name, 2**freeze_at, strides) if freeze_at > 1 else set()
+    if freeze_at and not frozen:
         first, *others = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
         for module in (first, *(m for m in others[:1] if isinstance(m, nn.BatchNorm2d))):
             module.requires_grad_(False)
-    elif freeze_at > 1:
-        frozen = _names_up_to(network, name, 2**freeze_at, strides)
-        for key, weight in network.named_parameters():
-            weight.requires_grad_(key not in frozen)
+    for key, weight in network.named_parameters():
+        if key in frozen:
+            weight.requires_grad_(False)
 
 
 def _names_up_to(network: nn.Module, name: str, stride: int, strides: Sequence[int]) -> set[str]:
-    """The weights that the stages up to a stride are computed from."""
+    """The weights that the stages up to a stride are computed from; none where no stage is that fine."""
     if stride in strides:
         index = strides.index(stride)
     else:  # finer than what the FPN takes
         whole = _stages(name)
         found = [i for i, own in enumerate(whole.feature_info.reduction()) if own <= stride]
         if not found:
-            raise DistillError(
-                f"MODEL.BACKBONE.FREEZE_AT is {int(math.log2(stride))}, and {name} has no stage of stride {stride} or "
-                "less: expected 0, 1, or a coarser stage."
-            )
+            return set()
         network, index = whole, found[-1]
     used = {id(weight) for weight in _used_weights(network, slice(index, index + 1))}
     return {key for key, weight in network.named_parameters() if id(weight) in used}

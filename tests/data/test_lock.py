@@ -2,9 +2,8 @@
 
 import contextlib
 import errno
-import itertools
+import fcntl
 import logging
-from unittest.mock import Mock
 
 import pytest
 from iopath.common.file_io import file_lock
@@ -13,40 +12,47 @@ from portalocker import LockException
 from distill.data import lock
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Each look at the clock is so many seconds after the one before."""
-
-    def passes(seconds):
-        monkeypatch.setattr(lock.time, "monotonic", Mock(side_effect=itertools.count(0, seconds)))
-
-    return passes
-
-
-def test_a_lock_is_waited_for_as_long_as_it_takes(tmp_path, monkeypatch, caplog, clock):
+def test_a_lock_is_waited_for_as_long_as_it_takes(tmp_path, monkeypatch, caplog):
     answers = [LockException("an hour is over")] * 3
 
+    class Lock:
+        def __enter__(self):
+            if answers:
+                raise answers.pop()
+            return self.lock.__enter__()
+
+        def __exit__(self, *error):
+            return self.lock.__exit__(*error)
+
     def ask(path):
-        if answers:
-            raise answers.pop()
-        return file_lock(path)
+        asked = Lock()
+        asked.lock = file_lock(path)
+        return asked
 
     monkeypatch.setattr(lock, "file_lock", ask)
     monkeypatch.setattr(lock.logger, "level", logging.INFO)
-    clock(3600)
+    with open(tmp_path / "x.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process has it at first
+        assert lock._has_locks(str(tmp_path / "x.lock"))
     with lock.waiting_lock(str(tmp_path / "x"), "checks the images") as is_held:
         assert is_held and not answers
     assert caplog.text.count("Still waiting for another process, which checks the images.") == 3
 
 
-@pytest.mark.parametrize(
-    "error", [LockException(OSError(errno.ENOLCK, "No locks available")), PermissionError("another user's")]
-)
-def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch, error, clock):
-    monkeypatch.setattr(lock, "file_lock", Mock(side_effect=error))
-    clock(0.01)
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch, number):
+    def flock(*args):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
     with lock.waiting_lock(str(tmp_path / "x"), "checks") as is_held:
-        assert is_held is False
+        assert not is_held
+
+
+def test_a_folder_that_cannot_be_written_is_used_without(tmp_path):
+    (tmp_path / "file").write_text("")
+    with lock.waiting_lock(str(tmp_path / "file" / "x"), "checks") as is_held:
+        assert not is_held
 
 
 def test_errors_inside_are_not_taken_for_the_locks(tmp_path):

@@ -130,11 +130,19 @@ def test_other_classes_are_refused_before_the_first_step(tmp_path):
         build_hooks(model)
 
 
-@pytest.mark.parametrize("name", ["LogitDistiller", "GlobalKnowledgeDistiller"])
-def test_one_class_of_a_dense_head_is_refused(tmp_path, name):
-    model = seven_class_pair(tmp_path, "retinanet", ["0=1"], **{"DISTILL.DISTILLERS": [name]})
-    with pytest.raises(DistillError, match="one class only, without background: .* BCKD"):
+def test_one_class_of_a_dense_head_is_refused(tmp_path):
+    model = seven_class_pair(tmp_path, "retinanet", ["0=1"])
+    with pytest.raises(DistillError, match="KIND KD compares classes .* one class only, without background: .* BCKD"):
         build_hooks(model)
+
+
+def test_one_class_of_a_dense_head_has_no_response(tmp_path, caplog):
+    model = seven_class_pair(tmp_path, "retinanet", ["0=1"], **{"DISTILL.DISTILLERS": ["GlobalKnowledgeDistiller"]})
+    build_hooks(model)
+    assert "there is one only, without background: the part is left out" in caplog.text
+    give_prototypes(model, classes=(0, 1, 2))
+    losses = step(model, random_batch((64, 96)))
+    assert "loss_response" not in losses and losses["loss_global"] > 0
 
 
 @pytest.mark.parametrize("name", ["LogitDistiller", "GlobalKnowledgeDistiller"])

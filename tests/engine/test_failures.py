@@ -306,10 +306,10 @@ def test_an_evaluation_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(tm
     assert torch.load(trainer.checkpointer.get_checkpoint_file())["iteration"] == trainer.max_iter - 1
 
 
-@pytest.mark.parametrize("when", ["before_step", "after_step"])
+@pytest.mark.parametrize("when", ["before_train", "before_step", "after_step"])
 def test_a_failure_in_the_last_iteration_is_told_before_anything_is_evaluated(tmp_path, when, monkeypatch):
     def fail(hook):
-        if hook.trainer.iter == hook.trainer.max_iter - 1:
+        if when == "before_train" or hook.trainer.iter == hook.trainer.max_iter - 1:
             raise DistillError("unreadable")
 
     cfg = write_cfg(tmp_path, **{"SOLVER.MAX_ITER": 1})

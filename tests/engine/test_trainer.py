@@ -184,6 +184,23 @@ def test_another_optimizers_state_is_refused_before_a_step(tmp_path):
             OneBatchTrainer(cfg).resume_or_load(resume=True)
 
 
+def test_an_optimizers_state_of_an_earlier_torch_is_taken(tmp_path):
+    settings = {"SOLVER.MAX_ITER": 1, "SOLVER.OPTIMIZER": "AdamW", "OUTPUT_DIR": str(tmp_path)}
+    cfg = detector_cfg("retinanet", **settings)
+    trainer = OneBatchTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    saved = torch.load(tmp_path / "model_final.pth")
+    for group in saved["trainer"]["_trainer"]["optimizer"]["param_groups"]:
+        assert group.pop("foreach", 0) is None and group.pop("maximize", 0) is False
+    torch.save(saved, tmp_path / "model_final.pth")
+    cfg.SOLVER.MAX_ITER = 2
+    resumed = OneBatchTrainer(cfg)
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    assert resumed.start_iter == 1 and resumed.iter == 2
+
+
 def test_nothing_to_train_on_or_to_evaluate_is_refused():
     cfg = detector_cfg("retinanet", **{"DATASETS.TRAIN": [], "DATASETS.TEST": []})
     with pytest.raises(DistillError, match="DATASETS.TRAIN is empty"):

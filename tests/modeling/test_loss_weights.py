@@ -60,15 +60,15 @@ def test_a_step_of_several_batches_is_measured_once():
 
 def test_what_the_first_batches_do_not_have_is_measured_in_the_first_that_does():
     distillers, loss_weights = make("A", "B", period=50, balance=1.0)
-    for iteration in range(3):
+    for iteration in range(6):
         with EventStorage(iteration):
-            for batch in range(2):
+            for _ in range(2):
                 x = torch.randn(3, requires_grad=True)
-                scale = float(iteration == 1 and batch == 1)  # as where the others show no object
+                scale = float(iteration >= 3)  # as where the others show no object
                 losses = {"A": {"loss_a": x.sum()}, "B": {"loss_b": scale * x.sum()}}
                 weights = loss_weights({"loss": x.square().sum()}, losses, {"p2": x})
-                assert (weights["B"]["loss_b"] > 0) == (iteration == 2 or scale > 0) and weights["A"]["loss_a"] > 0
-    assert distillers["B"].num_measurements == 1
+                assert (weights["B"]["loss_b"] > 0) == (iteration >= 3) and weights["A"]["loss_a"] > 0
+    assert [distillers[name].num_measurements for name in "AB"] == [1, 1]  # each once
 
 
 def test_a_loss_may_be_left_out_of_the_decay():

@@ -30,3 +30,10 @@ def test_as_much_is_frozen_whatever_stages_the_fpn_takes(name):
         backbone = TimmBackbone(name, out_indices=indices, norm="BN", freeze_at=2)
         frozen.append({key for key, weight in backbone.named_parameters() if not weight.requires_grad})
     assert frozen[0] == frozen[1] and 0 < len(frozen[0]) < len(list(backbone.parameters()))
+
+
+def test_a_network_that_begins_at_a_coarser_stage_freezes_its_first_convolution():
+    backbones = [TimmBackbone("efficientvit_m0", norm="BN", freeze_at=k) for k in (1, 2, 4)]
+    frozen = [{key for key, weight in x.named_parameters() if not weight.requires_grad} for x in backbones]
+    assert backbones[0].strides[0] == 16
+    assert 0 < len(frozen[0]) <= 3 and frozen[0] == frozen[1] < frozen[2]

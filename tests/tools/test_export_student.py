@@ -8,7 +8,7 @@ import torch
 import yaml
 from detectron2.modeling import build_model
 
-from distill.config import load_config
+from distill.config import load_config, write_record
 from distill.modeling import FCOS
 from distill.modeling.checkpoint import load_detector
 from tests.helpers import ROOT, detector_cfg, distillation_cfg, run_script, write_teacher
@@ -50,13 +50,13 @@ def test_export_and_checkpoint_load_in_plain_detectron2(tmp_path, kind):
     (tmp_path / "teacher.pth").unlink()  # exporting needs no teacher
     out = tmp_path / "exported"
     out.mkdir()
-    (out / "config.py").write_text("")  # of an earlier export
+    write_record(str(out / "config.py"), str(ROOT / "tests" / "lazy" / "fcos.py"), [])  # of an earlier export
     relative = os.path.relpath(out, ROOT)  # to where the tool runs
     result = run_script(
         "tools/export_student.py", "--config-file", config, "--weights", checkpoint, "--output", relative
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert {path.name for path in out.iterdir()} == {"config.yaml", "model_final.pth"}
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "model_final.pth", "previous_config.py"}
     written = yaml.safe_load((out / "config.yaml").read_text())
     assert (written["MODEL"]["WEIGHTS"], written["OUTPUT_DIR"]) == (str(out / "model_final.pth"), str(out / "output"))
     exported = torch.load(out / "model_final.pth")["model"]

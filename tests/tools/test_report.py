@@ -303,9 +303,9 @@ def test_results_of_an_intermediate_checkpoint_are_those_of_its_iteration(tools,
         assert found.scores.get(reading.Metric("noise", "bbox", "AP")) == expected
         assert bool(found.problem) == (expected is None)
         (teacher / f"{name}.pth").rename(teacher / "model_final.pth")
-    (teacher / "metrics.json").write_text('{"iteration": }\n')
-    with pytest.raises(DistillError, match="is damaged"):
-        reading.Run(teacher)
+    with (teacher / "metrics.json").open("a") as file:
+        file.write('{"iteration": 41, "bb{"iteration": 42}\n')  # what a full disk leaves
+    assert list(reading.Run(teacher).records) == [9, 19, 40]
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

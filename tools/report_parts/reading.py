@@ -99,7 +99,7 @@ class Run:
         weighing: of each distiller, its LOSS_WEIGHT, WARMUP_ITERS and DECAY, as the log has them.
 
     Raises:
-        DistillError: the folder is none of a run, or its config or metrics.json cannot be read.
+        DistillError: the folder is none of a run, or its config cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -114,7 +114,7 @@ class Run:
         self.recipe = load_recipe(str(config))
         if self.cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
-        self.records = _read_records(folder)
+        self.records = merge_records(read_metrics(folder))
         self.versions, self.weighing, num_processes = _read_log(folder / "log.txt")
         if num_processes:
             self.recipe.scale_workers(num_processes)
@@ -213,7 +213,7 @@ class TeacherOf:
         """The results in the metrics.json beside its weights: of an intermediate checkpoint or the best, those of its
         iteration."""
         if self.run is None:
-            found = _evaluations(_read_records(weights.parent), self.recipe.cfg.DATASETS.TEST)
+            found = _evaluations(merge_records(read_metrics(weights.parent)), self.recipe.cfg.DATASETS.TEST)
         else:
             found = self.run.evaluations
         iteration = _iteration_of(weights)
@@ -249,13 +249,6 @@ def _evaluate(run: Run) -> Scores:
         recipe.cfg.OUTPUT_DIR = folder
         results = evaluate_teacher(recipe)
     return parse_scores(flatten_results_dict(results), run.cfg.DATASETS.TEST)
-
-
-def _read_records(folder: Path) -> dict[int, dict]:
-    try:
-        return merge_records(read_metrics(folder))
-    except ValueError as error:
-        raise DistillError(f"{folder / 'metrics.json'} is damaged: {error}. Remove the broken line.") from error
 
 
 def _evaluations(records: dict[int, dict], test_sets: Sequence[str]) -> dict[int, Scores]:
