@@ -1,6 +1,7 @@
 """Collecting candidates from a dataset and searching prototypes, in one process and in two."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -155,6 +156,7 @@ def test_crowds_and_a_small_object_alone_are_a_warning(tmp_path, caplog):
         x["iscrowd"] = 1
     content["annotations"][0]["bbox"] = [8, 8, 4, 4]
     path.write_text(json.dumps(content))
+    caplog.set_level(logging.INFO, "distill")  # so that the trainer sets up no log of its own
     trainer = train(cfg)
     assert trainer.iter == 4 and any("No class has a prototype" in record.getMessage() for record in caplog.records)
 
@@ -270,6 +272,7 @@ def test_each_class_gets_up_to_so_many_images():
 
 
 def test_no_large_box_is_a_warning_and_training_goes_on(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "distill")  # so that the trainer sets up no log of its own
     trainer = train(make_cfg(tmp_path, "small", **{"DISTILL.GLOBAL.MIN_BOX_SIZE": 500}))
     assert any("No class has a prototype" in record.getMessage() for record in caplog.records)
     assert trainer.iter == 4
