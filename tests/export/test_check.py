@@ -6,9 +6,11 @@ import pytest
 import torch
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
+from torchvision.ops import boxes as box_ops
 
 from distill.errors import DistillError
 from distill.export import (
+    DeployedDetector,
     compare,
     compare_on,
     eager_detector,
@@ -165,3 +167,16 @@ def test_the_student_is_run_with_the_nms_of_files():
         assert batched_nms(boxes[:0], scores[:0], classes[:0], 0.5).shape == (0,)
     assert torch.equal(own, traced(boxes, scores, classes)) and len(own) > 650
     assert len(batched_nms(boxes, scores, classes, 0.5)) == 600  # as before
+
+
+def test_only_the_students_side_of_a_comparison_has_that_nms():
+    seen = []
+
+    def run(image):
+        seen.append(box_ops.batched_nms)
+        return torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([0]), torch.tensor([0.9])
+
+    metadata = describe_file(["pred_boxes", "pred_classes", "scores"])
+    student, file = (DeployedDetector(run, metadata, is_file) for is_file in (False, True))
+    compare_on(student, file, torch.nn.Identity(), [image_of(32, 32)])
+    assert [nms is box_ops.batched_nms for nms in seen] == [True, False]  # the file is run first
