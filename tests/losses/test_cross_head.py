@@ -54,3 +54,8 @@ def test_the_box_loss_equals_the_literal_formula():
         weights[n, r] * (1 - giou(cross[n, r].tolist(), teacher[n, r].tolist())) for n in range(2) for r in range(7)
     )
     assert cross_box_loss(cross, teacher, logits).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradient_of_the_aligned_scale_is_that_of_the_whole_formula():
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: align_scale(x, teacher), student.requires_grad_())

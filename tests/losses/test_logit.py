@@ -79,3 +79,9 @@ def test_half_precision_is_widened():
     assert (
         soft_label_divergence(x, x).dtype == torch.float32 and quality_focal_loss(x, x.sigmoid()).dtype == torch.float32
     )
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_gradient_of_the_quality_focal_loss_is_that_of_the_whole_formula(beta):
+    student, teacher = torch.randn(2, 7, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: quality_focal_loss(x, teacher.sigmoid(), beta), student.requires_grad_())

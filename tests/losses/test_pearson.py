@@ -75,3 +75,8 @@ def test_a_retinanet_learns_from_a_faster_rcnn(tmp_path):
     assert 0 < losses["loss_pearson"].item() / 6 < 8
     assert all(p.grad.abs().sum() > 0 for p in model.distillers.parameters() if p.dim() > 1)
     assert model.student.backbone.fpn_output3.weight.grad.abs().sum() > 0
+
+
+def test_gradient_is_that_of_the_whole_formula():
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: pearson_loss(x, teacher), student.requires_grad_())

@@ -351,3 +351,14 @@ def test_the_exported_config_is_for_half_size_images(tmp_path):
     assert not {"SCALES"} & plain.TEST.keys() and "ALIGNED_TEACHER" not in plain.MODEL
     (tmp_path / "cfg.yaml").write_text(cfg.dump())
     assert load_config(str(tmp_path / "cfg.yaml")).DISTILL.STUDENT.INPUT_SCALE == 0.5
+
+
+def test_dense_boxes_and_anchors_are_in_pixels_of_the_whole_image(tmp_path):
+    settings = {"DISTILL.DISTILLERS": ["LogitDistiller"], "DISTILL.LOGIT.KIND": "BCKD"}
+    model = build_model(pair_cfg(tmp_path, "retinanet", **settings)).train()
+    for distiller in model.distillers.values():
+        distiller.build_hooks(model)  # refuses anchors that differ
+    student, teacher = model.frozen_views(random_batch((128, 192)))
+    boxes = [view.decode([torch.zeros_like(x) for x in view.box_deltas]) for view in (student, teacher)]
+    torch.testing.assert_close(*boxes)
+    assert not student.features["p3"].requires_grad

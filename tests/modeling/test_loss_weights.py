@@ -268,3 +268,27 @@ def test_a_frozen_backbone_can_be_logged_but_not_balanced():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(DistillError, match=message):
         make("A", **settings)
+
+
+def test_high_ratios_that_are_not_in_a_row_are_no_warning(caplog):
+    _, loss_weights = make("A", period=1)
+    for i in range(12):
+        step(loss_weights, {"A": 0.1 if i % 4 == 3 else 50.0}, i)
+    assert "more than 3 times" not in caplog.text
+
+
+def test_an_infinite_gradient_is_not_counted():
+    distillers, loss_weights = make("A", period=1, balance=1.0)
+    x = torch.ones(3, requires_grad=True)
+    loss_weights({"loss": x.sum()}, {"A": {"loss_a": (x * 1e30).sum() * 1e30}}, {"p2": x})
+    assert distillers["A"].num_measurements == 0
+
+
+def test_the_running_mean_is_the_documented_recursion():
+    distillers, loss_weights = make("A", period=1, balance=1.0)
+    mean = 0.0
+    for i in range(25):
+        _, ratios, _ = step(loss_weights, {"A": math.exp(torch.randn(()).item())}, i)
+        momentum = min(0.9, i / (i + 1))
+        mean = momentum * mean + (1 - momentum) * math.log(ratios["A"])
+    assert distillers["A"].log_gradient_ratio.item() == pytest.approx(mean, rel=1e-4, abs=1e-4)

@@ -51,10 +51,12 @@ def test_annotations_of_all_kinds_shrink_with_the_image():
     mask[:, 10:20, 6:16] = True
     instances.gt_bits = BitMasks(mask)
     record = {"image": torch.zeros(3, 40, 31), "instances": instances, "height": 80, "width": 62, "file_name": "x"}
+    record["proposals"] = Instances((40, 31), proposal_boxes=Boxes(torch.tensor([[4.0, 6.0, 20.0, 30.0]])))
 
     (scaled,) = Scaling(0.5).batch([record])
     assert scaled["image"].shape == (3, 20, 16)
     assert (scaled["height"], scaled["width"], scaled["file_name"]) == (80, 62, "x")
+    assert scaled["proposals"].proposal_boxes.tensor.tolist() == [[2.0, 3.0, 10.0, 15.0]]
     small = scaled["instances"]
     assert small.image_size == (20, 16)
     assert small.gt_boxes.tensor.tolist() == [[1.0, 2.0, 15.0, 19.0]]

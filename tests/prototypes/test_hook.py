@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.structures import BoxMode
 from PIL import Image
 
 from distill.data import register_from_config
@@ -14,7 +15,7 @@ from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.losses import box_means
 from distill.prototypes import select_prototypes
-from distill.prototypes.collect import InstanceCollector, choose_images, large_annotations
+from distill.prototypes.collect import InstanceCollector, _slim_record, choose_images, large_annotations
 from distill.prototypes.hook import PrototypeHook, find_prototypes
 from distill.recipes import YamlRecipe
 from tests.helpers import detector_cfg, distillation_cfg, run_script, set_all, write_teacher
@@ -211,6 +212,21 @@ def test_the_search_sees_the_scale_of_training(tmp_path):
     rows = InstanceCollector(YamlRecipe(cfg), levels, 800, 10).collect(model)
     assert seen == {"student": {(64, 96)}, "teacher": {(128, 192)}}  # 64 x 86 and 128 x 171, padded
     assert rows["boxes"][:, 2].max() > 64  # still in pixels of the file
+
+
+def test_the_student_is_searched_in_evaluation_mode_and_trains_on(tmp_path):
+    cfg = make_cfg(tmp_path, "modes")
+    register_from_config(cfg)
+    model, modes = Trainer.build_model(cfg).train(), []
+    model.student.backbone.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    InstanceCollector(YamlRecipe(cfg), ["p4"], 800, 20).collect(model)
+    assert modes and not any(modes) and model.student.training
+
+
+def test_only_objects_of_the_classes_that_an_image_was_chosen_for_are_kept():
+    box = {"bbox": [0, 0, 9, 9], "bbox_mode": BoxMode.XYXY_ABS}
+    image = {"file_name": "x", "annotations": [{**box, "category_id": i, "iscrowd": i == 2} for i in range(3)]}
+    assert [x["category_id"] for x in _slim_record(image, 0, {1, 2})["annotations"]] == [1]
 
 
 def test_small_boxes_take_no_image_from_large_ones(tmp_path):
