@@ -8,7 +8,6 @@ python train_net.py --config-file CONFIG --eval-only --eval-teacher
 A config that ends in .py is a LazyConfig, with overrides as key=value.
 """
 
-import contextlib
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
@@ -38,14 +37,14 @@ def argument_parser() -> ArgumentParser:
     return parser
 
 
-def setup(args: Namespace) -> Recipe:
+def read(args: Namespace) -> Recipe:
     """Reads the config, applies the arguments, registers the datasets, and checks what can be checked.
 
     Args:
         args: the parsed command line.
 
     Returns:
-        The recipe of the run, its config frozen.
+        The recipe of the run, its config frozen. Nothing is written yet.
 
     Raises:
         DistillError: see :mod:`distill.config` and :mod:`distill.data.register`.
@@ -67,8 +66,7 @@ def setup(args: Namespace) -> Recipe:
             raise DistillError(f"{args.config_file} is not distilled, so its teacher has no use: add --distill NAMES.")
     recipe.set_distillation(names, args.teacher_config or "", args.teacher_weights or "")
     cfg = recipe.cfg
-    on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
-    if on_cpu:
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     register_from_config(cfg, cfg.DATASETS.TEST if args.eval_only else ())
     check_datasets(cfg, is_training=not args.eval_only)
@@ -80,17 +78,26 @@ def setup(args: Namespace) -> Recipe:
         check_solver(cfg, comm.get_world_size())
     check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
-    with records_kept(cfg.OUTPUT_DIR) if args.eval_only else contextlib.nullcontext():
-        recipe.setup(args)
-    if on_cpu:
+    return recipe
+
+
+def set_up(recipe: Recipe, args: Namespace) -> None:
+    """Detectron2's ``default_setup``: the log, the seed, and the config in OUTPUT_DIR.
+
+    Args:
+        recipe: of the run.
+        args: the parsed command line.
+    """
+    recipe.setup(args)
+    cfg = recipe.cfg
+    if not torch.cuda.is_available():
         logger.info("No CUDA GPU is available: running on the CPU.")
-    elif cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available():  # a run that began without a GPU says so
+    elif cfg.MODEL.DEVICE == "cpu":  # a run that began without a GPU says so
         logger.warning("MODEL.DEVICE is cpu, though there is a CUDA GPU: add MODEL.DEVICE cuda to use it.")
     if cfg.TEST.AUG.ENABLED:
         logger.warning(
             "TEST.AUG.ENABLED has no effect here: evaluate the exported student by Detectron2's tools/train_net.py."
         )
-    return recipe
 
 
 def main(args: Namespace) -> object:
@@ -102,13 +109,16 @@ def main(args: Namespace) -> object:
     Returns:
         The results of the evaluation, if there was one.
     """
-    recipe = setup(args)
+    recipe = read(args)
+    with records_kept(recipe.cfg.OUTPUT_DIR, is_training=not args.eval_only):
+        set_up(recipe, args)
+        if not args.eval_only:
+            trainer = Trainer(recipe)
+            trainer.resume_or_load(resume=args.resume)
     if args.eval_teacher:
         return evaluate_teacher(recipe)
     if args.eval_only:
         return evaluate_student(recipe, args.resume)
-    trainer = Trainer(recipe)
-    trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 

@@ -1,5 +1,7 @@
 """How configs are read, and the errors of a bad one."""
 
+import contextlib
+
 import pytest
 import yaml
 from detectron2.config import get_cfg
@@ -67,6 +69,7 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         (["MODEL.RPN.IN_FEATURES", "[p2, p3]"], "MODEL.RPN.IN_FEATURES"),
         (["MODEL.FPN.NORM", False], "MODEL.FPN.NORM"),
         (["DISTILL.IMPORTS", "['name'"], "DISTILL.IMPORTS is .*: expected a list of modules"),
+        (["--num-gpus", "2"], "--num-gpus stands among the overrides .*: options come before KEY VALUE"),
         (["MODEL.NO_SUCH", "1"], "Unknown key .* Keys of your own come from a module in DISTILL.IMPORTS"),
         (["DISTILL.IMPORTS", "no_such_module"], "names the module 'no_such_module', which cannot be imported"),
     ],
@@ -147,6 +150,22 @@ def test_plain_config_is_one_that_plain_detectron2_reads(tmp_path):
 def test_student_config_leaves_a_plain_config_as_it_is():
     cfg = detector_cfg("retinanet")
     assert student_config(cfg) == cfg
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("has_run", [True, False])
+def test_a_training_that_fails_before_its_first_step_keeps_the_record_of_the_one_before(tmp_path, fails, has_run):
+    (tmp_path / "config.yaml").write_text("before")
+    if has_run:
+        (tmp_path / "metrics.json").touch()
+    with contextlib.suppress(KeyError), records_kept(str(tmp_path), is_training=True):
+        (tmp_path / "config.yaml").write_text("after")
+        (tmp_path / "config.py").write_text("after")
+        if fails:
+            raise KeyError
+    is_kept = fails and has_run
+    assert (tmp_path / "config.yaml").read_text() == ("before" if is_kept else "after")
+    assert (tmp_path / "config.py").exists() == (not is_kept)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config.py"])

@@ -79,6 +79,11 @@ def test_distil_a_plain_config_and_start_again_from_what_it_wrote(tmp_path):
     assert written["MODEL"]["META_ARCHITECTURE"] == "DistillationModel"
     assert written["DISTILL"]["STUDENT"]["META_ARCHITECTURE"] == "GeneralizedRCNN"
     assert written["DISTILL"]["TEACHER"]["WEIGHTS"] == str(tmp_path / "teacher.pth")
+    record = (tmp_path / "out" / "config.yaml").read_text()
+    failed = run_script("train_net.py", *arguments, "--distill", "reveiw", "SOLVER.MAX_ITER", "9")
+    assert failed.returncode == 1 and "Unknown distiller 'reveiw'" in failed.stderr
+    assert "the nearest is ReviewDistiller" in failed.stderr and "Traceback" not in failed.stderr
+    assert (tmp_path / "out" / "config.yaml").read_text() == record  # which starts the first run again
     again = run_script(
         "train_net.py", "--config-file", str(tmp_path / "out" / "config.yaml"), "OUTPUT_DIR", str(tmp_path / "again")
     )

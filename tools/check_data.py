@@ -19,6 +19,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
 
+from distill.config import check_output_dir
 from distill.data import register_datasets
 from distill.errors import DistillError
 
@@ -55,6 +56,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/check_data"), metavar="DIR", help="of the sheets")
     args = parser.parse_args()
     setup_logger(name="distill")
+    try:
+        check_output_dir(str(args.output), "--output")
+    except DistillError as error:
+        sys.exit(f"error: {error}")
     has_faults = False
     for index, text in enumerate(args.data):
         is_named = "=" in text.split(":")[0]
@@ -66,7 +71,6 @@ def main() -> None:
             has_faults = True
             print(f"error: {error}", file=sys.stderr)
             continue
-        args.output.mkdir(parents=True, exist_ok=True)
         draw_sheet(name, args.output / f"{name}.png")
         print(f"{name}: {len(DatasetCatalog.get(name))} images, drawn in {args.output / f'{name}.png'}")
     sys.exit(has_faults)

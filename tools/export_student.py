@@ -27,7 +27,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 import distill.modeling  # noqa: F401  registers its backbones and meta-architectures
-from distill.config import forget_record
+from distill.config import check_output_dir, forget_record
 from distill.data import register_from_config
 from distill.errors import DistillError
 from distill.export import (
@@ -102,13 +102,13 @@ def export(config_file: str, weights: str, output: str, opts: list[str]) -> None
     imports, recipe = list(recipe.cfg.DISTILL.IMPORTS), recipe.plain()
     model = load_student(recipe, weights, "cpu")
     folder = folder.resolve()  # what the config says of it holds wherever it is loaded from
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output_dir(str(folder), "--output")
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
     forget_record(str(folder))  # of an earlier export of a Python config
     written = recipe.write(str(folder), str(folder / "model_final.pth"))
     logger.info(f"{folder} holds {Path(written).name} and model_final.pth")
     if imports:
-        logger.info(f"The student was trained with DISTILL.IMPORTS: to load it, import {', '.join(imports)} first.")
+        logger.info(f"If parts of the student come from DISTILL.IMPORTS, import {', '.join(imports)} to load it.")
     ours = [key for key in ("FCOS", "TIMM") if key in recipe.cfg.MODEL]
     if ours and isinstance(recipe, YamlRecipe):
         logger.info(
@@ -151,7 +151,7 @@ def export_file(args: argparse.Namespace) -> None:
     metadata = replace(metadata, outputs=output_names(model, traced))
 
     folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output_dir(str(folder), "--output")
     name, write = FILES[args.format]
     path, unchecked = folder / name, folder / f"unchecked_{name}"  # an earlier good file stays until this one is, too
     write(model, traced, unchecked, metadata)
@@ -283,7 +283,7 @@ def check_file(
             "deploy it. If the student computes with fixed sizes, give --size HEIGHT WIDTH."
         )
     if not difference.detections:
-        logger.warning(f"{what}: the student finds nothing there, so the comparison says little. Set DATASETS.TEST.")
+        logger.warning(f"{what}: the student finds nothing there, so the comparison says little.")
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -29,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import distill.modeling  # noqa: F401  registers its backbones and meta-architectures
+from distill.config import check_output_dir
 from distill.data import register_from_config, seen_path
 from distill.errors import DistillError
 from distill.export import build_input_mapper, class_names, load_deployed
@@ -150,7 +151,7 @@ def predict(args: argparse.Namespace) -> None:
     targets = find_images(args.input, args.output)
     model, mapper, names = load(args.weights, args.config_file, args.opts)
     metadata = Metadata(thing_classes=names)
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_output_dir(str(args.output), "--output")
     content: dict[str, list[dict]] = {
         "images": [],
         "annotations": [],

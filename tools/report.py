@@ -30,6 +30,7 @@ from report_parts.reading import Metric, Run, Scores, TeacherOf
 from report_parts.tables import describe, facts_table, score_tables, short_path, signed
 from torch import nn
 
+from distill.config import check_output_dir
 from distill.engine import teacher_mapper
 from distill.errors import DistillError
 from distill.modeling.checkpoint import load_detector
@@ -231,6 +232,8 @@ def main() -> None:
     for name in ("detectron2", "distill", "fvcore"):
         setup_logger(name=name)
     run, *others = read_runs([args.folder, *args.others])
+    output = args.output or run.folder / "report.html"
+    check_output_dir(str(output.parent), "--output")
     report = Report(run, others, args.evaluate_teacher)
     if args.images or args.rounds:
         report.load()
@@ -250,8 +253,6 @@ def main() -> None:
         colors=COLORS,
         date=datetime.date.today().isoformat(),
     )
-    output = args.output or run.folder / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
     print(f"The report: {output}")
 

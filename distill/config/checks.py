@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -53,11 +53,12 @@ def _evenly(batch: int, workers: int) -> int:
     return max(1, round(batch / workers)) * workers
 
 
-def check_output_dir(folder: str) -> None:
-    """Makes sure that a run can write its results.
+def check_output_dir(folder: str, name: str = "OUTPUT_DIR") -> None:
+    """Makes sure that a command can write its results.
 
     Args:
-        folder: OUTPUT_DIR.
+        folder: where they go.
+        name: what the user gave it by, such as "--output".
 
     Raises:
         DistillError: it cannot be made or written to.
@@ -68,28 +69,39 @@ def check_output_dir(folder: str) -> None:
             pass
     except OSError as error:
         raise DistillError(
-            f"OUTPUT_DIR is {folder!r}, which cannot be written: {error}. Name a folder that you may write to."
+            f"{name} is {folder!r}, which cannot be written: {error}. Name a folder that you may write to."
         ) from error
 
 
 @contextlib.contextmanager
-def records_kept(folder: str) -> Iterator[None]:
-    """Keeps a training's config from being written over by that of an evaluation: it is what starts the run again. In a
-    folder without a training nothing is kept.
+def records_kept(folder: str, is_training: bool = False) -> Iterator[None]:
+    """Keeps the config of a training from being written over by that of an evaluation, or of a training that fails
+    before its first step: it is what starts the run again. In a folder without a training nothing is kept.
 
     Args:
         folder: OUTPUT_DIR.
+        is_training: whether what is done meanwhile is the start of a training, whose config stays if it succeeds.
     """
-    is_training = comm.is_main_process() and Path(folder, "metrics.json").is_file()
-    names = ("config.yaml", "config.py") if is_training else ()
-    kept = {path: path.read_bytes() for name in names if (path := Path(folder, name)).is_file()}
+    has_run = comm.is_main_process() and Path(folder, "metrics.json").is_file()
+    paths = [Path(folder, name) for name in ("config.yaml", "config.py")] if has_run else []
+    before = {path: path.read_bytes() if path.is_file() else None for path in paths}
     try:
         yield
-    finally:
-        for path, content in kept.items():
-            temporary = path.with_suffix(".tmp")  # then renamed: another process may be reading the file
-            temporary.write_bytes(content)
-            temporary.replace(path)
+    except BaseException:
+        _restore(before)
+        raise
+    if not is_training:
+        _restore(before)
+
+
+def _restore(contents: Mapping[Path, bytes | None]) -> None:
+    for path, content in contents.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+            continue
+        temporary = path.with_suffix(".tmp")  # then renamed: another process may be reading the file
+        temporary.write_bytes(content)
+        temporary.replace(path)
 
 
 def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:

@@ -371,6 +371,8 @@ def _explain(error: Exception, cfg: CfgNode, where: str) -> DistillError:
                     f"Unknown key {key!r} in {where}. A config file defines DISTILL.VARIANTS with their keys; the "
                     "command line can change what is defined."
                 )
+            if key.startswith("--"):
+                return DistillError(f"{key} stands among the overrides in {where}: options come before KEY VALUE ...")
             nearest = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0)
             return DistillError(
                 f"Unknown key {key!r} in {where}. The nearest existing key is {nearest[0]!r}. Keys of your own come "

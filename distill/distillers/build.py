@@ -1,5 +1,6 @@
 """The registry of distillers, and how a config becomes modules."""
 
+import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 
@@ -96,9 +97,12 @@ def check_distillers(cfg: CfgNode) -> None:
                     f"The distiller {kind!r} of {_source(unregistered[0])} is not registered: add "
                     "@DISTILLER_REGISTRY.register() above its class."
                 )
+            names = {key.lower(): key for key, _ in DISTILLER_REGISTRY}
+            nearest = names[difflib.get_close_matches(f"{kind}Distiller".lower(), names, n=1, cutoff=0)[0]]
             raise DistillError(
-                f"Unknown distiller {kind!r} in DISTILL.DISTILLERS. Registered are: {known}. For one of your own, add "
-                "@DISTILLER_REGISTRY.register() to the class and its module to DISTILL.IMPORTS."
+                f"Unknown distiller {kind!r} in DISTILL.DISTILLERS; the nearest is {nearest}. Registered are: {known}. "
+                "For one of your own, add @DISTILLER_REGISTRY.register() to the class, and its module to "
+                "DISTILL.IMPORTS."
             )
         if names.count(name) > 1:
             raise DistillError(

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..config import student_config
 from ..data import check_datasets
+from ..errors import DistillError
 from ..modeling.checkpoint import load_detector
 from ..modeling.teacher import teacher_recipe
 from ..recipes import Recipe
@@ -40,7 +41,11 @@ def evaluate_teacher(recipe: Recipe) -> dict:
     cfg = recipe.cfg
     own = teacher_recipe(cfg)
     own.cfg.DATASETS = cfg.DATASETS
-    check_datasets(own.cfg, is_training=False)
+    try:
+        check_datasets(own.cfg, is_training=False)
+    except DistillError as error:
+        file = cfg.DISTILL.TEACHER.CONFIG_FILE
+        raise DistillError(f"The teacher ({file}) cannot be evaluated here: {error}") from error
     results = recipe.evaluate(load_detector(own, "teacher"), teacher_mapper(recipe, own), "teacher/inference")
     if comm.is_main_process():
         verify_results(own.cfg, results)
@@ -61,6 +66,11 @@ def evaluate_student(recipe: Recipe, resume: bool) -> dict:
     recipe.cfg = own = student_config(cfg)
     if resume:
         own.MODEL.WEIGHTS = agreed_checkpoint(DetectionCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)) or own.MODEL.WEIGHTS
+    if not own.MODEL.WEIGHTS:
+        raise DistillError(
+            "MODEL.WEIGHTS is empty: name the checkpoint to evaluate, or add --resume for the last one in "
+            f"{cfg.OUTPUT_DIR}."
+        )
     results = recipe.evaluate(load_detector(recipe, "model"))
     if comm.is_main_process():
         verify_results(cfg, results)

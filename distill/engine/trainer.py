@@ -230,6 +230,11 @@ class Trainer(TrainerBase):
         Raises:
             DistillError: the input was bad, or the training diverged.
         """
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                f"Nothing is left to train: {self.start_iter} iterations are done, and SOLVER.MAX_ITER is "
+                f"{self.max_iter}. The test sets are evaluated once more."
+            )
         try:
             super().train(self.start_iter, self.max_iter)
         except FloatingPointError as error:  # Detectron2's, for a loss or proposals

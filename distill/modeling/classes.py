@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..data import register_from_config
 from ..errors import DistillError
 from .teacher import teacher_recipe
 
@@ -41,6 +42,7 @@ def build_class_map(cfg: CfgNode) -> dict[int, int] | None:
     if pairs != ["names"] and all(side.isdigit() for pair in given for side in pair):
         names = [_known(name) for name in sets.values()]  # a digit may be the name of a class
     else:
+        _register_teachers(cfg, sets["teacher"])
         names = [_names(name, side) for side, name in sets.items()]
     if pairs == ["names"]:
         shared = [(own, names[1].index(name)) for own, name in enumerate(names[0]) if name in names[1]]
@@ -78,6 +80,13 @@ def _datasets(cfg: CfgNode) -> dict[str, str]:
     if name in entries[0] and entries[1].get(name, entries[0][name]) != entries[0][name]:
         sets["teacher"] = f"{name} as the teacher's config registers it"
     return sets
+
+
+def _register_teachers(cfg: CfgNode, name: str) -> None:
+    """Registers the teacher's dataset as its own config does, where this run does not know it."""
+    own = teacher_recipe(cfg).cfg
+    if name not in DatasetCatalog.list() and name in {str(x).partition("=")[0] for x in own.DATASETS.REGISTER}:
+        register_from_config(own, [name])
 
 
 def _warn_of_other_names(cfg: CfgNode) -> None:

@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 from distill.errors import DistillError
 from distill.losses import box_overlap, decoupled_divergence, quality_focal_loss, soft_label_divergence
 from distill.modeling.classes import build_class_map
+from tests.data.test_register import make_voc
 from tests.distillers.test_cross_head import flat
 from tests.distillers.test_global_knowledge import give_prototypes
 from tests.distillers.test_methods import build_hooks, build_pair, step
@@ -253,6 +254,14 @@ def test_other_names_without_a_map_are_warned_of(named, caplog, order, warned):
     assert caplog.text.count("Class 0 is 'cell' in the student's dataset and 'dog' in the teacher's.") == warned
     DatasetCatalog.remove("classes_of_the_teacher")
     MetadataCatalog.remove("classes_of_the_teacher")
+
+
+def test_the_teachers_config_says_where_its_classes_have_their_names(named, tmp_path):
+    make_voc(tmp_path / "old")
+    entry = f"classes_of_its_own=voc:{tmp_path}/old:train:person,cell"
+    named.DISTILL.TEACHER.OPTS = ["DATASETS.TRAIN", "['classes_of_its_own']", "DATASETS.REGISTER", str([entry])]
+    named.DISTILL.CLASS_MAP = ["names"]
+    assert build_class_map(named) == {0: 1, 2: 0}
 
 
 def test_another_dataset_by_the_same_name_does_not_name_the_teachers_classes(named, caplog):

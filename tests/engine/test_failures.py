@@ -321,7 +321,8 @@ def test_a_failure_in_the_last_iteration_is_told_before_anything_is_evaluated(tm
         trainer.train()
 
 
-def test_a_finished_training_that_is_resumed_is_evaluated(tmp_path, monkeypatch):
+def test_a_finished_training_that_is_resumed_is_evaluated(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "distill")
     evaluated = []
     for done in (1, 2):
         trainer = OneBatchTrainer(write_cfg(tmp_path, **{"SOLVER.MAX_ITER": 1}))
@@ -329,3 +330,4 @@ def test_a_finished_training_that_is_resumed_is_evaluated(tmp_path, monkeypatch)
         trainer.resume_or_load(resume=True)
         trainer.train()
         assert len(evaluated) == done
+        assert ("Nothing is left to train: 1 iterations are done" in caplog.text) == (done == 2)
