@@ -1,5 +1,7 @@
 """YOLO's text files as tools write them, and what each must give."""
 
+import shutil
+
 import pytest
 import yaml
 
@@ -129,3 +131,14 @@ def test_cvats_subsets_with_frames_of_one_name(tmp_path):
         source = checked(read_yolo("x", str(tmp_path), subset))
         assert source.records[0]["file_name"].endswith(f"obj_{subset}_data/frame_0.jpg")
         assert only_box(source)[0] == pytest.approx(left * W)
+
+
+def test_labels_that_are_not_there_are_named(tmp_path):
+    path = write_yolo(tmp_path)
+    shutil.rmtree(tmp_path / "train" / "labels")
+    places = (
+        f"none of its 2 images .* '{tmp_path}/train/labels/a.txt' and '{tmp_path}/train/images/a.txt' was looked for"
+    )
+    with pytest.raises(DistillError, match=places):
+        read_yolo("x", str(path), "train")
+    assert len(read_yolo("x", str(path), "val").records) == 1

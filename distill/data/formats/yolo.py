@@ -43,11 +43,18 @@ def read_yolo(name: str, root: str, split: str) -> Source:
         classes, images, num_extra = _from_yaml(name, path, split)
     check_classes(name, classes)
     require(bool(images), name, f"the split {split!r} has no image ({', '.join(IMAGE_TYPES)}).")
-    source = Source(classes, [], "coco")
+    source, has_labels = Source(classes, [], "coco"), False
     for index, image in enumerate(images):
         record = {"file_name": absolute(image), "image_id": index + 1, "height": 0, "width": 0, "annotations": []}
         source.records.append(record)
-        _read_labels(source, record, _label_file(image), num_extra)
+        file = next((path for path in _label_files(image) if path.is_file()), None)
+        has_labels |= file is not None
+        if file is not None:
+            _read_labels(source, record, file, num_extra)
+    places = " and ".join(f"'{path}'" for path in _label_files(images[0]))
+    require(
+        has_labels, name, f"none of its {len(images)} images has a text file; of the first, {places} was looked for."
+    )
     masks = [a for r in source.records for a in r["annotations"] if "segmentation" in a]
     if len(masks) < sum(len(r["annotations"]) for r in source.records):
         for annotation in masks:  # a polygon here and there is no dataset of masks
@@ -122,21 +129,20 @@ def _select(name: str, split: str, images: Sequence[Path], folder: Path, own: Se
     return [table.get(stem, folder / stem) for stem in select(name, split, list(table), folder, own)]
 
 
-def _label_file(image: Path) -> Path:
-    """Beside the image, or in the folder "labels" that stands beside the last folder "images"."""
+def _label_files(image: Path) -> list[Path]:
+    """Where an image's text file may be: in the folder "labels" that stands beside the last folder "images", or beside
+    the image."""
     parts = list(image.parent.parts)
     for index in reversed(range(len(parts))):
         if parts[index] == "images":
-            moved = Path(*parts[:index], "labels", *parts[index + 1 :]) / f"{image.stem}.txt"
-            if moved.is_file():
-                return moved
-            break
-    return image.with_suffix(".txt")
+            return [
+                Path(*parts[:index], "labels", *parts[index + 1 :]) / f"{image.stem}.txt",
+                image.with_suffix(".txt"),
+            ]
+    return [image.with_suffix(".txt")]
 
 
 def _read_labels(source: Source, record: dict, path: Path, num_extra: int) -> None:
-    if not path.is_file():
-        return
     try:
         lines = read_names(path)
     except DistillError:
