@@ -247,6 +247,7 @@ def main() -> None:
         facts=facts_table(report.facts()),
         scores=score_tables(report.scores(), run.name, report.baseline),
         unevaluated=[x.name for x in report.runs if not x.scores],
+        unlike=[x.name for x in report.runs if not x.is_evaluated_as(run)],
         charts=draw_run(report.runs, report.teacher.scores if report.teacher else {}),
         images=report.images(args.images, args.max_images, args.min_score),
         costs=report.costs(args.rounds),

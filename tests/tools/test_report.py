@@ -275,6 +275,16 @@ def test_images_are_shown_beside_the_truth_where_the_teachers_classes_are_others
     assert len(page.images) == 2 * 2 and "The teacher is not shown." in page.words
 
 
+@pytest.mark.parametrize("change, is_alike", [({}, True), ({"METRIC": "voc"}, False), ({"REGISTER": []}, False)])
+def test_another_metric_by_the_same_name_is_told(tools, runs, change, is_alike):
+    own, other = (tools["reading"].Run(runs / name) for name in ("distilled", "student"))
+    for key, value in change.items():
+        other.cfg.DATASETS[key] = value
+    assert other.is_evaluated_as(own) == own.is_evaluated_as(other) == is_alike
+    other.cfg.DATASETS.TEST = ("elsewhere",)
+    assert other.is_evaluated_as(own)
+
+
 def test_all_detectors_run_where_the_first_does(tools, runs):
     own, other = (tools["reading"].Run(runs / name) for name in ("distilled", "student"))
     own.cfg.MODEL.DEVICE = "meta"  # as of a training on a GPU

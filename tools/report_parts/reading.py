@@ -140,6 +140,15 @@ class Run:
         path = self.folder / "model_final.pth"
         return path if path.is_file() else None
 
+    def is_evaluated_as(self, other: Run) -> bool:
+        """Whether the test sets that both name are the same ones, by the same metric, as far as the configs say."""
+        sides = []
+        for run in (self, other):
+            node = run.cfg.DATASETS
+            entries = dict(str(entry).split("=", 1) for entry in node.REGISTER if "=" in str(entry))
+            sides.append({name: (entries.get(name), entries.get(name) and node.METRIC) for name in node.TEST})
+        return all(sides[0][name] == sides[1][name] for name in sides[0].keys() & sides[1].keys())
+
     @property
     def evaluations(self) -> dict[int, Scores]:
         """The results of all evaluations by iteration."""
