@@ -98,7 +98,7 @@ def test_unknown_values_are_named(key, value, message):
 
 def test_a_data_set_without_an_object_is_refused(tmp_path, unregister):  # noqa: F811
     path = write_yolo(tmp_path)
-    (tmp_path / "valid/labels/c.txt").unlink()
+    (tmp_path / "valid/labels/c.txt").write_text("")
     cfg = detector_cfg("retinanet")
     cfg.DATASETS.REGISTER = [f"cells=yolo:{path}:valid"]
     with pytest.raises(DistillError, match="its 1 images have no annotated object"):
