@@ -69,7 +69,7 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         (["MODEL.RPN.IN_FEATURES", "[p2, p3]"], "MODEL.RPN.IN_FEATURES"),
         (["MODEL.FPN.NORM", False], "MODEL.FPN.NORM"),
         (["DISTILL.IMPORTS", "['name'"], "DISTILL.IMPORTS is .*: expected a list of modules"),
-        (["--num-gpus", "2"], "--num-gpus stands among the overrides .*: options come before KEY VALUE"),
+        (["--num-gpus", "2"], "--num-gpus stands among the overrides .*: options come before them"),
         (["MODEL.NO_SUCH", "1"], "Unknown key .* Keys of your own come from a module in DISTILL.IMPORTS"),
         (["DISTILL.IMPORTS", "no_such_module"], "names the module 'no_such_module', which cannot be imported"),
     ],

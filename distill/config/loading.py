@@ -372,7 +372,7 @@ def _explain(error: Exception, cfg: CfgNode, where: str) -> DistillError:
                     "command line can change what is defined."
                 )
             if key.startswith("--"):
-                return DistillError(f"{key} stands among the overrides in {where}: options come before KEY VALUE ...")
+                return DistillError(f"{key} stands among {where}: options come before them.")
             nearest = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0)
             return DistillError(
                 f"Unknown key {key!r} in {where}. The nearest existing key is {nearest[0]!r}. Keys of your own come "
