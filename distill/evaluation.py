@@ -52,7 +52,7 @@ def check_evaluators(names: Sequence[str]) -> None:
         if kind not in _TYPES:
             raise DistillError(
                 f"The dataset {name} has the evaluator_type {kind!r}: expected one of {', '.join(_TYPES)} in its "
-                "metadata."
+                "metadata. To train without an evaluation, set DATASETS.TEST '()'."
             )
         for package in _TYPES[kind]:
             if importlib.util.find_spec(package) is None:

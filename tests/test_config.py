@@ -15,6 +15,7 @@ from distill.config import (
     student_config,
 )
 from distill.errors import DistillError
+from distill.recipes import as_recipe
 from tests.helpers import detector_cfg, distillation_cfg
 
 
@@ -177,3 +178,31 @@ def test_an_evaluation_keeps_the_record_of_a_training(tmp_path, name, is_trainin
     with records_kept(str(tmp_path)):
         (tmp_path / name).write_text("evaluation")
     assert (tmp_path / name).read_text() == ("training" if is_training else "evaluation")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            "import no_such_library",
+            "Importing 'own_module', .* raised ModuleNotFoundError: .*no_such_library.*, line 1",
+        ),
+        ("\nfrom math import no_such_name", "Importing 'own_module', .* raised ImportError: .*own_module.py, line 2"),
+        ("1 / 0", "raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_module_that_fails_when_imported_is_not_called_missing(tmp_path, monkeypatch, content, message):
+    (tmp_path / "own_module.py").write_text(content + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DistillError, match=message):
+        load_config(write(tmp_path / "c.yaml", "DISTILL: {IMPORTS: [own_module]}\nVERSION: 2\n"))
+
+
+def test_a_missing_package_of_a_module_is_the_modules_name():
+    with pytest.raises(DistillError, match="'no_such_package.module', which cannot be imported"):
+        load_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml", ["DISTILL.IMPORTS", "['no_such_package.module']"])
+
+
+def test_a_recipe_is_made_of_a_yaml_config_alone():
+    with pytest.raises(DistillError, match="got a dict.*load_recipe"):
+        as_recipe({"model": {}})

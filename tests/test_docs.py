@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import yaml
+from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from PIL import Image
 
@@ -14,9 +15,10 @@ from distill.distillers import DISTILLER_REGISTRY
 from distill.engine import Trainer
 from distill.export import build_input_mapper, load_deployed, output_names, write_onnx
 from tests.export.test_files import describe_file, finding_detector, image_of
-from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, run_script, write_teacher
+from tests.helpers import ROOT, detector_cfg, distillation_cfg, random_batch, run_script, write_coco, write_teacher
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+TRAINING = (ROOT / "docs" / "training.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "projects").glob("*/README.md"))]
 
 
@@ -131,3 +133,24 @@ def test_the_onnx_snippet_finds_what_the_wrapper_does(tmp_path):
         assert name == detector.metadata.class_names[found.pred_classes[index]]
         assert float(score) == pytest.approx(float(found.scores[index]), abs=0.006)
         assert yaml.safe_load(box) == pytest.approx(found.pred_boxes.tensor[index].tolist(), abs=1.0)
+
+
+def test_the_script_with_a_mapper_of_ones_own_trains(tmp_path, monkeypatch):
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", TRAINING, re.DOTALL) if "class MyRecipe" in x)
+    annotations, images = write_coco(tmp_path / "data")
+    settings = {"DATASETS.REGISTER": [f"own=coco:{annotations}:{images}"], "DATASETS.TRAIN": ["own"]}
+    settings |= {"DATALOADER.NUM_WORKERS": 0, "SOLVER.IMS_PER_BATCH": 2, "OUTPUT_DIR": str(tmp_path / "out")}
+    teacher = write_teacher(tmp_path, detector_cfg("retinanet"))
+    (tmp_path / "my_distilled.yaml").write_text(distillation_cfg(detector_cfg("retinanet", **settings), teacher).dump())
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    class MyMapper(DatasetMapper):
+        def __call__(self, record):
+            seen.append(record["file_name"])
+            return super().__call__(record)
+
+    names = {"MyMapper": MyMapper}
+    exec(code.replace('"1000"', '"1"'), names)
+    assert names["trainer"].iter == 1 and len(seen) >= 2
+    assert (tmp_path / "out" / "model_final.pth").exists()

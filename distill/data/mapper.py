@@ -1,14 +1,18 @@
 """A dataset mapper whose errors name the image."""
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from PIL.Image import DecompressionBombError
 
 from ..errors import DistillError
 
+_READING = ("read_image", "check_image_size")  # Detectron2's functions
+
 
 class CheckedMapper:
-    """Any dataset mapper; an unreadable image is an error that names its file.
+    """Any dataset mapper; an image on which it fails is named in the error.
 
     Args:
         mapper: such as Detectron2's ``DatasetMapper``.
@@ -20,7 +24,7 @@ class CheckedMapper:
     def __call__(self, dataset_dict: dict) -> dict:
         """
         Raises:
-            DistillError: the image cannot be read.
+            DistillError: the image cannot be read, or the mapper fails on it.
         """
         try:
             return self.mapper(dataset_dict)
@@ -29,6 +33,14 @@ class CheckedMapper:
                 raise DistillError(
                     f"Cannot use the masks of {dataset_dict.get('file_name')!r}: {error} If they are run-length "
                     "encoded, set INPUT.MASK_FORMAT bitmask."
+                ) from error
+            frames = traceback.extract_tb(error.__traceback__)
+            if not any(x.name in _READING or Path(x.filename).parent.name == "PIL" for x in frames):
+                place = f"{frames[-1].filename}, line {frames[-1].lineno}"
+                raise DistillError(
+                    f"The mapper failed on the image {dataset_dict.get('file_name')!r}: {type(error).__name__}: "
+                    f"{error} ({place}). Correct its annotations, or the mapper; --resume goes on from the last "
+                    "checkpoint."
                 ) from error
             raise DistillError(
                 f"Cannot read the image {dataset_dict.get('file_name')!r}: {error}. Replace the file, or take it out "

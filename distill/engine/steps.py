@@ -1,6 +1,7 @@
 """One step of the optimizer, in any precision and over one batch or several."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,8 @@ from detectron2.engine import SimpleTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
 
 
 class StepTrainer(SimpleTrainer):
@@ -73,7 +76,8 @@ class StepTrainer(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned, also that of a training in another precision.
+        """Loads what :meth:`state_dict` returned, also that of a training in another precision. The optimizer keeps its
+        settings, such as the learning rate before the schedule: the config may have changed since.
 
         Args:
             state_dict: what it returned.
@@ -81,10 +85,38 @@ class StepTrainer(SimpleTrainer):
         Raises:
             ValueError: it is of another optimizer, which torch would find out in the next step only.
         """
-        own = set(self.optimizer.param_groups[0])
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
-        lacking = own - set(self.optimizer.param_groups[0])  # torch fills in what its earlier releases did not have
+        groups = self.optimizer.param_groups
+        lacking = own[0].keys() - groups[0].keys()  # torch fills in what its earlier releases did not have
         if lacking:
             raise ValueError(f"the optimizer's state is another optimizer's: it lacks {', '.join(sorted(lacking))}.")
+        changes = {}
+        for group, settings in zip(groups, own):
+            changes.update(_go_on_with(settings, group))
+        if changes:
+            texts = [f"{key.replace('_', ' ')} {now}, no longer {before}" for key, (before, now) in changes.items()]
+            logger.info(f"The optimizer goes on as the config says now: {'; '.join(texts)}")
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _go_on_with(settings: dict[str, Any], group: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Gives a group of an optimizer, as a checkpoint brought it back, the settings of today's config.
+
+    Args:
+        settings: of today. Their learning rate is that before the schedule, which has come further since.
+        group: is changed.
+
+    Returns:
+        By name, what it was and what it is now, of what changed.
+    """
+    before, now = (x.get("initial_lr", x["lr"]) for x in (group, settings))
+    settings = {key: value for key, value in settings.items() if key not in ("lr", "initial_lr")}
+    changes = {key: (group.get(key), value) for key, value in settings.items() if group.get(key) != value}
+    group.update(settings)
+    if before != now:
+        changes["learning_rate"] = (before, now)
+        group["lr"] = group["lr"] * now / before if before else now
+        group["initial_lr"] = now
+    return changes

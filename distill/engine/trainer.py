@@ -213,7 +213,12 @@ class Trainer(TrainerBase):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Loads what :meth:`state_dict` returned, or what Detectron2's trainers did."""
+        """Loads what :meth:`state_dict` returned, or what Detectron2's trainers did. Learning rate, weight decay and
+        momentum stay those of the config, which may have changed since."""
+        state_dict = {**state_dict, "hooks": dict(state_dict.get("hooks", {}))}
+        if "LRScheduler" in state_dict["hooks"]:
+            scheduler = state_dict["hooks"]["LRScheduler"]
+            state_dict["hooks"]["LRScheduler"] = {key: x for key, x in scheduler.items() if key != "base_lrs"}
         super().load_state_dict(state_dict)
         own = state_dict.get("_trainer", state_dict)  # lazyconfig_train_net.py has it all on one level
         if "optimizer" in own:

@@ -1,6 +1,7 @@
 """FPN backbones for small students: the FPN on a network of another library, and slimmed ResNets."""
 
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from ..config import family, slim_config
+
+logger = logging.getLogger(__name__)
 
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
@@ -86,14 +89,20 @@ def freeze_unused_levels(detector: nn.Module, compared: Sequence[str] = ()) -> N
     if not used:  # who knows what another kind of detector takes
         return
     used += compared
+    unused = {}
     if isinstance(whole, FPN):  # an AlignedBackbone's half-size image takes the finest, too
         for level in itertools.takewhile(lambda level: level not in used, backbone.output_shape()):
             for part in ("lateral", "output"):
-                if (conv := getattr(backbone, f"fpn_{part}{level[1:]}", None)) is not None:  # not of p6
-                    conv.requires_grad_(False)
+                name = f"fpn_{part}{level[1:]}"
+                unused[name] = getattr(backbone, name, None)  # none of p6
     if isinstance(top, LastLevelP6P7):
         *_, p6, p7 = backbone.output_shape()
         if p7 not in used:
-            top.p7.requires_grad_(False)
+            unused["top_block.p7"] = top.p7
             if p6 not in used:
-                top.p6.requires_grad_(False)
+                unused["top_block.p6"] = top.p6
+    unused = {name: conv for name, conv in unused.items() if conv is not None}
+    for conv in unused.values():
+        conv.requires_grad_(False)
+    if unused:
+        logger.info(f"Frozen, since neither the heads nor a distiller takes their levels: {', '.join(unused)}")

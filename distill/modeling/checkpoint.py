@@ -1,5 +1,6 @@
 """Loading weights, with errors that say what is wrong with the file."""
 
+import copy
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -130,7 +131,8 @@ def load_detector(source: CfgNode | Recipe, role: str) -> nn.Module:
         cfg = recipe.cfg.clone()
         cfg.defrost()
         drop_backbone_weights(cfg)  # they would be overwritten at once, and may have to be downloaded
-        recipe = YamlRecipe(cfg)
+        recipe = copy.copy(recipe)  # of its own class
+        recipe.cfg = cfg
     model = recipe.build_detector()
     StrictCheckpointer(model, role).load(weights)
     return model

@@ -305,6 +305,11 @@ def _checked(name: str, result: Any, taken: set[str]) -> dict[str, Tensor]:
             f"{name}.forward returned a {type(result).__name__}: expected a dict of named losses, such as "
             '{"loss_mine": loss}.'
         )
+    if not result:
+        raise DistillError(
+            f"{name}.forward returned no loss. Where a batch has nothing to compare, return 0 times something of the "
+            "student's by the usual name, or processes with other images would wait for this one."
+        )
     _, _, variant = name.partition("/")
     losses = {}
     for key, loss in result.items():

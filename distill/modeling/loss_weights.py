@@ -200,8 +200,6 @@ def _gradient_ratios(
 def _squared_gradient_norm(losses: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """Squared norm of the gradient of the losses' sum at the inputs, summed over them; the graph is kept."""
     norm = inputs[0].new_zeros((), dtype=torch.float32)
-    if not losses:
-        return norm
     total = sum(losses.values())
     # in mixed precision small gradients vanish and large ones overflow, so the loss is scaled as a gradient scaler does
     for scale in (2.0**16, 2.0**8, 1.0):

@@ -222,10 +222,20 @@ def as_recipe(source: Recipe | CfgNode) -> Recipe:
 
     Returns:
         The recipe.
+
+    Raises:
+        DistillError: it is neither.
     """
     from .yaml_recipe import YamlRecipe
 
-    return source if isinstance(source, Recipe) else YamlRecipe(source)
+    if isinstance(source, Recipe):
+        return source
+    if not isinstance(source, CfgNode):
+        raise DistillError(
+            f"A recipe was expected, or the CfgNode of a yaml config, but got a {type(source).__name__}. Of a Python "
+            "config, distill.recipes.load_recipe('my_config.py') returns the recipe."
+        )
+    return YamlRecipe(source)
 
 
 def load_recipe(name: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> Recipe:

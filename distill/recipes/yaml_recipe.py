@@ -142,7 +142,11 @@ class YamlRecipe(Recipe):
         cfg.defrost()
         if num_workers is not None:
             cfg.DATALOADER.NUM_WORKERS = num_workers
-        return build_detection_train_loader(cfg, mapper=CheckedMapper(DatasetMapper(cfg, is_train=True)))
+        return build_detection_train_loader(cfg, mapper=CheckedMapper(self.build_train_mapper()))
+
+    def build_train_mapper(self) -> Mapper:
+        """What reads an image for training: Detectron2's ``DatasetMapper``, unless a subclass has its own."""
+        return DatasetMapper(self.cfg, is_train=True)
 
     def build_mapper(self, keep_annotations: bool = False, scale: int = 1, image_format: str = "") -> Mapper:
         cfg = self.cfg.clone()

@@ -32,7 +32,7 @@ import torch
 from cost import measure
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
-from results import LINES, METRICS, costs, is_finished, read_lines, write_documents
+from results import LINES, METRICS, costs, is_finished, read_lines, table, where, write_documents
 from suite import ROOT, Row, Suite, config_hash, load_suite, run_config, suite_names
 
 from distill.errors import DistillError
@@ -290,7 +290,9 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="time a step of each row, in turns")
     parser.add_argument("--rounds", type=int, default=20, help="of --cost")
     parser.add_argument(
-        "--table", action="store_true", help="print and write docs/results.md, and the tables of README.md"
+        "--table",
+        action="store_true",
+        help="print and write docs/results.md, and the tables of README.md; with --suite, print its table alone",
     )
     parser.add_argument("--plot", action="store_true", help="draw the plots of docs/results.md")
     args = parser.parse_args()
@@ -301,6 +303,12 @@ def main() -> None:
     except DistillError as error:
         sys.exit(f"error: {error}")
     sys.exit(1 if failed else 0)
+
+
+def _table(name: str, folder: Path) -> str:
+    suite = load_suite(name)
+    lines = read_lines(suite.name, folder)
+    return f"{table(suite, lines)}\n{where(suite, lines)}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -326,7 +334,7 @@ def run(args: argparse.Namespace) -> int:
             if costs(suite, lines):
                 plot_costs(suite, lines, ROOT / "docs" / "images" / f"{suite.name}_cost.png")
     if args.table:
-        print(write_documents(args.lines))
+        print(_table(args.suite, args.lines) if args.suite else write_documents(args.lines))
     if args.plot or args.table:
         return 0
     if not args.suite:

@@ -328,3 +328,15 @@ def test_unknown_rows_and_suites_are_named(tmp_path):
     result = run_script("projects/Evidence/run.py", "--suite", write_suite(tmp_path), "--only", "missing")
     assert result.returncode == 1 and "has no row missing: expected some of teacher, broken, alone" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_suite_of_ones_own_has_its_table_and_the_documents_stay(tmp_path):
+    path = write_suite(tmp_path)
+    before = results.README.read_bytes(), results.DOCUMENT.read_bytes()
+    lines = tmp_path / "lines"
+    lines.mkdir()
+    suite = load_suite(path)
+    (lines / f"{suite.name}.jsonl").write_text(json.dumps(line(suite, "alone", 0, 12.34)) + "\n")
+    result = run_script("projects/Evidence/run.py", "--suite", path, "--lines", str(lines), "--table")
+    assert result.returncode == 0 and "| alone | 1 | 12.3 |" in result.stdout and "Measured on CPU" in result.stdout
+    assert (results.README.read_bytes(), results.DOCUMENT.read_bytes()) == before

@@ -1,6 +1,7 @@
 """Datasets from the config, and the error of each mistake."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -12,6 +13,7 @@ from distill.config import num_classes
 from distill.data import CheckedMapper, check_datasets, register_datasets
 from distill.errors import DistillError
 from distill.evaluation import check_evaluators
+from distill.recipes import YamlRecipe
 from tests.helpers import NUM_CLASSES, detector_cfg, set_all
 from tests.test_train_net import make_voc
 
@@ -254,3 +256,40 @@ def test_an_unreadable_image_is_named(tmp_path):
     tester = CheckedMapper(DatasetMapper(detector_cfg("faster_rcnn"), is_train=False))
     with pytest.raises(DistillError, match="Cannot read the image '.*gone.jpg'"):
         tester({"file_name": str(tmp_path / "gone.jpg")})
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda record: int("no number"), r"The mapper failed on the image 'a.png': ValueError: .*no number.*test_reg"),
+        (
+            lambda record: Path("no_such_mask.png").read_bytes(),
+            "The mapper failed on .*a.png': FileNotFoundError: .*no_such_mask.png",
+        ),
+        (lambda record: Image.open(record["truncated"]).convert("RGB"), "Cannot read the image 'a.png': "),
+    ],
+)
+def test_what_a_mapper_of_ones_own_raises_is_not_blamed_on_the_image(tmp_path, call, message):
+    Image.new("RGB", (400, 300), "red").save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
+    with pytest.raises(DistillError, match=message):
+        CheckedMapper(call)({"file_name": "a.png", "truncated": tmp_path / "cut.jpg"})
+
+
+def test_a_recipes_own_mapper_reads_the_training_images(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 2, 18, 18], "area": 9, "iscrowd": 0}],
+    }
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    register_datasets([f"own_mapper=coco:{tmp_path}/own.json:{tmp_path}"])
+    cfg = detector_cfg("faster_rcnn", **{"DATASETS.TRAIN": ["own_mapper"], "SOLVER.IMS_PER_BATCH": 1})
+
+    class MyRecipe(YamlRecipe):
+        def build_train_mapper(self):
+            return lambda record: {**record, "own": True}
+
+    (read,) = next(iter(MyRecipe(cfg).build_train_loader(num_workers=0)))
+    assert read["own"] and "image" not in read

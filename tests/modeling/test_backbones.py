@@ -49,11 +49,14 @@ def test_a_slim_student_leaves_as_a_plain_resnet(tmp_path):
 
 
 @pytest.mark.parametrize("taken, is_trained", [([], False), (["p2"], True)])
-def test_a_first_level_is_frozen_unless_a_semantic_head_takes_it(taken, is_trained):
+def test_a_first_level_is_frozen_unless_a_semantic_head_takes_it(caplog, taken, is_trained):
     levels = {"MODEL.RPN.IN_FEATURES": ["p3", "p4", "p5", "p6"], "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"]}
     model = build_model(detector_cfg("faster_rcnn", **levels, **{"MODEL.ANCHOR_GENERATOR.SIZES": [[32]]}))
     model.sem_seg_head = SimpleNamespace(in_features=taken)
-    freeze_unused_levels(model)
+    with caplog.at_level("INFO", "distill"):
+        freeze_unused_levels(model)
+    told = "Frozen, since neither the heads nor a distiller takes their levels: fpn_lateral2, fpn_output2"
+    assert (told in caplog.text) != is_trained
     trained = [model.backbone.fpn_lateral2.weight.requires_grad, model.backbone.fpn_output2.weight.requires_grad]
     assert trained == [is_trained] * 2 and model.backbone.fpn_output3.weight.requires_grad
 

@@ -190,6 +190,7 @@ def mean(view):
     "function, message",
     [
         (lambda s, t: mean(s), r"Stub.forward returned a Tensor: expected a dict.*\{\"loss_mine\": loss\}"),
+        (lambda s, t: {}, "Stub.forward returned no loss. Where a batch has nothing to compare, return 0 times"),
         (lambda s, t: {"loss_review": mean(s)}, "Stub names a loss 'loss_review', which .* another distiller has"),
         (lambda s, t: {"loss_x": mean(t)}, "'loss_x' does not depend on the student: nothing that it is computed"),
         (lambda s, t: {"loss_x": mean(s).detach()}, "'loss_x' does not depend on the student"),

@@ -162,6 +162,7 @@ def describe(recipe: Recipe, run: Run | None) -> dict[str, str]:
         "Images per iteration": _images(cfg),
         "Learning rate": f"{cfg.SOLVER.BASE_LR:g}",
         "Optimizer": _optimizer(recipe),
+        "Seed": str(cfg.SEED) if cfg.SEED >= 0 else "",
         "Detectron2": versions.get("Detectron2", ""),
         "PyTorch": versions.get("PyTorch", ""),
     }
