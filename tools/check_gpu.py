@@ -3,9 +3,10 @@
 
     python tools/check_gpu.py [--rounds 5]
 
-1. The losses of a step in float32, float16 and bfloat16 beside those of the CPU in float32.
+1. The losses of a step in float32, float16 and bfloat16, as SOLVER.AMP has them, beside those of the CPU in float32.
 2. Time and memory of a step's parts at 800x1333 in each of them, as tools/benchmark.py has it.
-3. Three steps of train_net.py on all GPUs, over NCCL: with a student alone, and with one that four methods distil.
+3. Three steps of train_net.py on all GPUs, over NCCL: with a student alone, and with one that four methods distil, in
+   float32 and in mixed precision.
 
 Weights are random and the images need no download. Exit status 1: something is wrong, or there is no GPU.
 """
@@ -28,7 +29,7 @@ from measuring import random_batch
 from tabulate import tabulate
 
 from distill.config import load_config, student_config
-from distill.modeling import DistillationModel
+from distill.modeling import DistillationModel, Teacher
 from distill.modeling.precision import autocast, keep_coordinates
 from distill.recipes import load_recipe
 
@@ -86,9 +87,10 @@ def _losses(model: DistillationModel, batch: list[dict], device: str, precision:
     dtype = getattr(torch, precision)
     model = model.to(device)
     model.student.device  # noqa: B018  follows its buffers
+    if dtype != torch.float32:
+        model.teacher = Teacher(model.teacher.model, model.teacher.flip_channels, dtype)
     if dtype == torch.bfloat16:
-        for side in (model.student, model.teacher.model):
-            keep_coordinates(side)
+        keep_coordinates(model.student)
     torch.manual_seed(0)
     with EventStorage(), autocast(torch.device(device), dtype):
         losses = model(batch)
@@ -124,7 +126,7 @@ def time_steps(config: str, device: str, rounds: int, size: list[str], precision
 
 def train_on_all(number: int) -> tuple[bool, str]:
     """Trains three steps with train_net.py: a student alone, and one that a random teacher distils by methods that talk
-    to the other processes.
+    to the other processes, in float32 and in mixed precision.
 
     Args:
         number: of GPUs.
@@ -136,7 +138,9 @@ def train_on_all(number: int) -> tuple[bool, str]:
         weights = f"{folder}/teacher.pth"
         teacher = load_recipe("configs/demo/teacher.yaml", ["MODEL.DEVICE", "cpu", "MODEL.TIMM.WEIGHTS", ""])
         torch.save({"model": teacher.build_detector().state_dict()}, weights)
-        for config, opts in (("student", []), ("review", [*DISTILLED, "DISTILL.TEACHER.WEIGHTS", weights])):
+        distilled = [*DISTILLED, "DISTILL.TEACHER.WEIGHTS", weights]
+        runs = (("student", []), ("review", distilled), ("review", [*distilled, "SOLVER.AMP.ENABLED", "True"]))
+        for config, opts in runs:
             command = [sys.executable, "train_net.py", "--config-file", f"configs/demo/{config}.yaml"]
             command += ["--num-gpus", str(number), "OUTPUT_DIR", f"{folder}/{config}", "DATASETS.TEST", "()"]
             command += ["SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", str(4 * max(1, number)), *opts]

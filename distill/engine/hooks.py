@@ -193,3 +193,11 @@ class DrawDenseDetections(HookBase):
         # Detectron2's Visualizer takes annotations from the CPU alone
         drawn = [{**x, "instances": x["instances"].to("cpu")} for x in args[0]]
         detector.visualize_training(drawn, [x["instances"] for x in found])
+
+
+class DropPictures(HookBase):
+    """Drops what is drawn in a process that writes nothing: Detectron2 has every process draw, and keeps the pictures
+    until they are written."""
+
+    def after_step(self) -> None:
+        self.trainer.storage.clear_images()

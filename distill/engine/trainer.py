@@ -23,11 +23,11 @@ from ..errors import DistillError
 from ..modeling import AlignedTeacher, DistillationModel
 from ..modeling.backbones import freeze_unused_levels
 from ..modeling.checkpoint import describe_weights
-from ..modeling.precision import amp_dtype, keep_coordinates
+from ..modeling.precision import amp_dtype, keep_coordinates, keep_statistics
 from ..modeling.timm_weights import check_backbone, warn_of_other_images
 from ..recipes import Recipe, as_recipe
 from .checkpoints import agreed_checkpoint, check_alike, last_finite_checkpoint, save_after_failure
-from .hooks import BestCheckpoint, CheckGradients, DrawDenseDetections, Evaluate, StudentAlone
+from .hooks import BestCheckpoint, CheckGradients, DrawDenseDetections, DropPictures, Evaluate, StudentAlone
 from .launch import ddp_device_ids
 from .steps import StepTrainer
 
@@ -63,6 +63,8 @@ class Trainer(TrainerBase):
         device, dtype = torch.device(cfg.MODEL.DEVICE), amp_dtype(cfg)
         if dtype == torch.bfloat16:
             keep_coordinates(student)
+        if torch.bfloat16 in (dtype, other_dtype):
+            keep_statistics(model)
         if dtype is not None:
             logger.info(f"Mixed precision: {dtype} on {device.type}")
         accumulate = cfg.SOLVER.ACCUMULATE
@@ -120,7 +122,9 @@ class Trainer(TrainerBase):
         """Detectron2's hooks, and before those that evaluate and write, the distillers'."""
         cfg, model = self.cfg, self._unwrapped_model()
         found = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=self.recipe.build_lr_scheduler(self.optimizer))]
-        if self.is_drawing:
+        if cfg.VIS_PERIOD > 0 and not comm.is_main_process():
+            found.append(DropPictures())
+        elif self.is_drawing:
             found.append(DrawDenseDetections(getattr(model, "student", model), cfg.VIS_PERIOD))
         if isinstance(model, DistillationModel):
             found.append(CheckGradients(model.distillers))

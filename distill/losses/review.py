@@ -1,5 +1,6 @@
 """Formulas of knowledge review (Chen, Liu, Zhao, Jia, CVPR 2021, arXiv 2104.09044)."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -50,14 +51,20 @@ def _pool(maps: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     pooling works on one output cell after the other."""
     if not sizes:
         return []
-    rows, columns = (torch.cat([_pooling_matrix(length, size, maps) for size in sizes]) for length in maps.shape[-2:])
+    rows, columns = (_pooling_matrix(length, tuple(sizes), maps.dtype, maps.device) for length in maps.shape[-2:])
     blocks = (rows @ (maps @ columns.T)).split(list(sizes), -2)
     return [block.split(list(sizes), -1)[index] for index, block in enumerate(blocks)]
 
 
-def _pooling_matrix(length: int, size: int, like: Tensor) -> Tensor:
-    """``Tensor[size, length]``: output i is the mean of the cells from floor(i L / s) to ceil((i + 1) L / s)."""
-    cells, outputs = torch.arange(length, device=like.device), torch.arange(size, device=like.device)[:, None]
-    first, end = outputs * length // size, ((outputs + 1) * length + size - 1) // size
-    inside = ((cells >= first) & (cells < end)).to(like.dtype)
-    return inside / inside.sum(1, keepdim=True)
+@functools.lru_cache(maxsize=512)  # images have few sizes, and to a GPU these are more steps than the loss itself
+@torch.inference_mode(False)  # what is kept may be needed in training
+def _pooling_matrix(length: int, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``Tensor[sum of sizes, length]``: output i of a size s is the mean of the cells from floor(i L / s) to
+    ceil((i + 1) L / s)."""
+    cells, matrices = torch.arange(length, device=device), []
+    for size in sizes:
+        outputs = torch.arange(size, device=device)[:, None]
+        first, end = outputs * length // size, ((outputs + 1) * length + size - 1) // size
+        inside = ((cells >= first) & (cells < end)).to(dtype)
+        matrices.append(inside / inside.sum(1, keepdim=True))
+    return torch.cat(matrices)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import Tensor, nn
 
 from ..errors import DistillError
@@ -100,6 +100,21 @@ def keep_coordinates(detector: nn.Module) -> None:
     for part in parts:
         if part is not None:
             part.register_forward_hook(lambda module, args, output: _as_float(output), prepend=True)
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Has Detectron2's synchronised batch norms (``naiveSyncBN``) compute in float32, as they do for float16 alone.
+
+    Their variance is a mean square less the square of a mean; in bfloat16's 8 bits nothing is left of it where the mean
+    is a few times larger.
+
+    Args:
+        model: whose norms get forward hooks. What they return has autocast's type.
+    """
+    for module in model.modules():
+        if isinstance(module, NaiveSyncBatchNorm):
+            module.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+            module.register_forward_hook(lambda module, args, output: output.to(autocast_dtype(output.device)))
 
 
 def _as_float(output: Any) -> Any:

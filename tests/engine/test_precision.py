@@ -1,16 +1,18 @@
 """Mixed precision on the CPU and on CUDA."""
 
 import copy
+import types
 
 import pytest
 import torch
+from detectron2.layers import NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from distill.engine import Trainer
 from distill.engine.steps import StepTrainer
 from distill.errors import DistillError
-from distill.modeling.precision import amp_dtype, keep_coordinates
+from distill.modeling.precision import amp_dtype, keep_coordinates, keep_statistics
 from tests.helpers import DETECTORS, detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
 
 AMP = {"SOLVER.AMP.ENABLED": True}
@@ -152,3 +154,32 @@ def test_the_command_refuses_it_before_anything_is_built(tmp_path):
     parsed = train_net.argument_parser().parse_args(["--config-file", str(tmp_path / "cfg.yaml"), *opts])
     with pytest.raises(SystemExit, match="SOLVER.AMP.PRECISION is 'float16': expected 'auto' or 'bfloat16' on the CPU"):
         train_net.run(parsed)
+
+
+def test_synchronised_norms_keep_their_variance_in_bfloat16(monkeypatch):
+    world = types.SimpleNamespace(get_world_size=lambda: 2)  # of which both have the same batch
+    monkeypatch.setattr(batch_norm, "comm", world)
+    monkeypatch.setattr(batch_norm, "dist", world)
+    monkeypatch.setattr(batch_norm, "differentiable_all_reduce", lambda x: 2 * x)
+    images = 20 + torch.randn(2, 8, 16, 16)  # a mean of 20 standard deviations
+    conv = torch.nn.Conv2d(8, 8, 1, bias=False)
+    torch.nn.init.eye_(conv.weight.data[:, :, 0, 0])
+    wanted = torch.nn.BatchNorm2d(8)(images)
+    for norm in (NaiveSyncBatchNorm(8), torch.nn.Sequential(conv, NaiveSyncBatchNorm(8), conv)):
+        keep_statistics(norm)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = norm.train()(images.bfloat16())
+        assert found.dtype == torch.bfloat16 and (found - wanted).square().mean().sqrt() < 0.05  # 2^-8 of 20
+        torch.testing.assert_close(norm.train()(images), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("amp, distill, kept", [(True, "auto", 1), (False, "bfloat16", 1), (False, "auto", 0)])
+def test_a_training_in_bfloat16_keeps_the_statistics_of_students_and_distillers(tmp_path, amp, distill, kept):
+    settings = {"OUTPUT_DIR": str(tmp_path / "out"), "SOLVER.MAX_ITER": 1, "SOLVER.AMP.ENABLED": amp}
+    more = {"DISTILL.PRECISION": distill, "DISTILL.REVIEW.NORM": "naiveSyncBN"}
+    student = detector_cfg("retinanet", **settings, **{"MODEL.FPN.NORM": "naiveSyncBN"})
+    trainer = OneBatchTrainer(distillation_cfg(student, write_teacher(tmp_path, detector_cfg("retinanet")), **more))
+    for part in (trainer.model.student, trainer.model.distillers):
+        norms = [x for x in part.modules() if isinstance(x, NaiveSyncBatchNorm)]
+        assert norms and all(len(norm._forward_pre_hooks) == kept for norm in norms)
+    trainer.train()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.events import EventStorage
 
 from distill.distillers import ReviewDistiller
 from distill.engine import Trainer
@@ -15,6 +16,8 @@ from distill.errors import DistillError
 from distill.evaluation import VOCEvaluator
 from distill.recipes import YamlRecipe
 from tests.helpers import aligned_cfg, detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
+
+put_image = EventStorage.put_image
 
 
 class OneBatchTrainer(Trainer):
@@ -170,6 +173,20 @@ def test_pictures_of_a_distilled_training_reach_tensorboard(tmp_path, kind):
     assert all(events.Images(tag)[0].width > 64 for tag in events.Tags()["images"])
     if kind != "faster_rcnn":  # which Detectron2 draws, once a batch
         assert all(len(events.Images(tag)) == 1 for tag in events.Tags()["images"])
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_a_process_that_writes_nothing_keeps_no_pictures(tmp_path, monkeypatch, kind):
+    settings = {"SOLVER.MAX_ITER": 3, "VIS_PERIOD": 1, "OUTPUT_DIR": str(tmp_path / "out")}
+    cfg = distillation_cfg(detector_cfg(kind, **settings), write_teacher(tmp_path, detector_cfg(kind)))
+    monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda: False)
+    trainer = OneBatchTrainer(cfg)
+    drawn = []
+    monkeypatch.setattr(EventStorage, "put_image", lambda self, *args: (drawn.append(args), put_image(self, *args)))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert trainer.iter == 3 and trainer.storage._vis_data == []
+    assert bool(drawn) == (kind == "faster_rcnn")  # by Detectron2; ours draws where it is written
 
 
 def test_another_optimizers_state_is_refused_before_a_step(tmp_path):
