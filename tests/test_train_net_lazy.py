@@ -384,3 +384,13 @@ def test_overrides_are_quoted(tmp_path):
         LazyConfig.load(write_student(tmp_path)), [override("a.b", "it's, {a} = \\ b"), override("c", ["x/y z", "w"])]
     )
     assert config.a.b == "it's, {a} = \\ b" and json.dumps(list(config.c)) == '["x/y z", "w"]'
+
+
+@pytest.mark.parametrize("asked", [{"keep_annotations": True}, {"scale": 2}])
+def test_a_test_mapper_without_augmentations_cannot_be_changed(tmp_path, asked):
+    own = "from detectron2.config import LazyCall\ndataloader.test.mapper = LazyCall(Own)()\n"
+    own = "class Own:\n    def __call__(self, record):\n        return record\n" + own
+    recipe = LazyRecipe(write_student(tmp_path, more=own), ["train.device=cpu"])
+    assert recipe.build_mapper()({"file_name": "a"}) == {"file_name": "a"}
+    with pytest.raises(DistillError, match="dataloader.test.mapper of .*py has no augmentations"):
+        recipe.build_mapper(**asked)

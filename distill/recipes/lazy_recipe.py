@@ -211,16 +211,16 @@ class LazyRecipe(Recipe):
                 "testing."
             )
         node = copy.deepcopy(self.lazy.dataloader.test.mapper)
+        if "augmentations" not in node and (keep_annotations or scale != 1):
+            raise DistillError(
+                f"dataloader.test.mapper of {self.file} has no augmentations, which say how images are resized for "
+                "testing: expected Detectron2's DatasetMapper, or a mapper of your own with that argument."
+            )
         if scale != 1:
             _scale_resizes(node.augmentations, scale)
         if image_format:
             node.image_format = image_format
         if keep_annotations:
-            if "augmentations" not in node:
-                raise DistillError(
-                    f"dataloader.test.mapper of {self.file} has no augmentations, which say how images are resized for "
-                    "testing: expected Detectron2's DatasetMapper, or a mapper of your own with that argument."
-                )
             augmentations = instantiate(node.augmentations)
             image_format = node.get("image_format", self.cfg.INPUT.FORMAT)
             return CheckedMapper(DatasetMapper(True, augmentations=augmentations, image_format=image_format))
