@@ -155,11 +155,9 @@ def build_parts(recipe: Recipe, image_size: tuple[int, int]) -> tuple[dict[str, 
     def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         with autocast():
-            loss = sum(module(scaling.batch(batch, student.device) if module is student else batch).values())
+            loss = sum((model.forward_student(batch) if module is student else module(batch)).values())
         loss.backward()
         optimizer.step()
-        if module is student:
-            model._tap.take()  # the tap holds the step's features
 
     with autocast(), torch.no_grad():
         view = teacher.view(batch)
@@ -360,7 +358,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--inference", action="store_true", help="compare the detectors at inference instead of a step")
     parser.add_argument(
-        "--image-size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"), help="of the image of --inference"
+        "--image-size",
+        type=int,
+        nargs=2,
+        default=(480, 640),
+        metavar=("H", "W"),
+        help="of the image of --inference, and of the step of a Python config",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     args = parser.parse_args()

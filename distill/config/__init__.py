@@ -2,7 +2,7 @@
 
 from .checks import auto_scale_workers, check_output_dir, check_solver, records_kept
 from .defaults import add_distill_config, add_weight_config
-from .lazy import check_record, forget_record, is_of_distillation, load_lazy_config, override, write_record
+from .lazy import check_record, forget_record, is_of_distillation, is_record, load_lazy_config, override, write_record
 from .loading import (
     CLASS_NODES,
     detector_config,
@@ -33,6 +33,7 @@ __all__ = [
     "forget_record",
     "import_modules",
     "is_of_distillation",
+    "is_record",
     "load_config",
     "load_lazy_config",
     "merge_distill_node",

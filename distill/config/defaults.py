@@ -263,7 +263,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.MODEL.ALIGNED_TEACHER.REDUCTION = 16
     # Filled in by AlignedTeacher: the MODEL.BACKBONE.NAME that its own backbone is built around
     _C.MODEL.ALIGNED_TEACHER.BACKBONE = ""
-    # Which pyramid an AlignedTeacher detects on: "high" (the whole image), "low" (half its size) or "fused" (both)
+    # Which pyramid an AlignedTeacher detects on, and teaches: "high" (the whole image), "low" (half its size) or both,
+    # "fused"
     _C.TEST.SCALES = "fused"
     # What model_best.pth is the best in, such as "segm/AP" or, of several test sets, "NAME/segm/AP". Empty: box AP,
     # else mask AP, PQ or mIoU, of the first test set.
@@ -285,7 +286,9 @@ def add_distill_config(cfg: CfgNode) -> None:
 
     # FCOS, which Detectron2 has as Python only; the losses and the heads are Detectron2's
     _C.MODEL.FCOS = CN()
+    # Without background
     _C.MODEL.FCOS.NUM_CLASSES = 80
+    # Levels that the head takes
     _C.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     # Convolutions in each tower of the head, and the norm after them
     _C.MODEL.FCOS.NUM_CONVS = 4
@@ -294,8 +297,11 @@ def add_distill_config(cfg: CfgNode) -> None:
     _C.MODEL.FCOS.PRIOR_PROB = 0.01
     # A point is positive within this many strides of a box's centre
     _C.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    # Of the focal loss of the classification
     _C.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     _C.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # A detection's score is the square root of its class score times its centerness; those below are dropped. Of each
+    # level the best so many go on to non-maximum suppression, at this overlap.
     _C.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
     _C.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
     _C.MODEL.FCOS.NMS_THRESH_TEST = 0.6

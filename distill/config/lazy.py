@@ -141,14 +141,22 @@ def check_record(path: str) -> None:
     Raises:
         DistillError: there is a file which it has not written.
     """
-    if os.path.isfile(path) and not _is_record(path):
+    if os.path.isfile(path) and not is_record(path):
         raise DistillError(
             f"{path!r} is not of an earlier run, and this one would write its own config there: give another "
             "train.output_dir, or rename that file."
         )
 
 
-def _is_record(path: str) -> bool:
+def is_record(path: str | os.PathLike) -> bool:
+    """Whether a ``config.py`` is one that train_net.py wrote.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        Whether it begins as those do.
+    """
     with open(path, errors="replace") as f:
         return f.read(len(_RECORD)) == _RECORD
 
@@ -160,5 +168,5 @@ def forget_record(folder: str) -> None:
         folder: OUTPUT_DIR. A ``config.py`` there that is no record stays.
     """
     path = os.path.join(folder, "config.py")
-    if os.path.isfile(path) and _is_record(path):
+    if os.path.isfile(path) and is_record(path):
         os.replace(path, os.path.join(folder, "previous_config.py"))

@@ -121,7 +121,7 @@ def _beside(path: str) -> str:
     with open(path) as f:
         if "_target_: " in f.read():
             return "this is the text of a Python config: give the .py that it was written from, or config.py beside it"
-    return "write the value out (configs/Base-RetinaNet.yaml of this project does so for Detectron2's)"
+    return "write the value out (of Detectron2's Base-RetinaNet.yaml, the SIZES in configs/Base-RetinaNet.yaml)"
 
 
 def merge_distill_node(cfg: CfgNode, node: Mapping[str, Any], origin: str) -> None:
@@ -301,6 +301,9 @@ def plain_config(cfg: CfgNode) -> CfgNode:
 
     Returns:
         A copy, not frozen.
+
+    Raises:
+        DistillError: it is an AlignedTeacher's, or see :func:`slim_config`.
     """
     scale = cfg.DISTILL.STUDENT.INPUT_SCALE if cfg.MODEL.META_ARCHITECTURE == "DistillationModel" else 1.0
     cfg = student_config(cfg)

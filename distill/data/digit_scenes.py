@@ -41,8 +41,17 @@ SETTINGS = {
 
 
 def cache_dir() -> Path:
-    """Folder of the composed scenes: below ``$DISTILL_CACHE``, by default ``~/.cache/distill``."""
+    """Folder of the composed scenes: below ``$DISTILL_CACHE``, by default ``~/.cache/distill``.
+
+    Raises:
+        DistillError: this user has no home folder, and the variable is not set.
+    """
     root = Path(os.environ.get("DISTILL_CACHE") or os.path.expanduser("~/.cache/distill"))
+    if str(root).startswith("~"):
+        raise DistillError(
+            "This user has no home folder for the composed images of digit_scenes: set the variable DISTILL_CACHE to a "
+            "folder that can be written to."
+        )
     digest = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()
     return root / f"digit_scenes_{digest[:12]}"
 

@@ -104,8 +104,13 @@ class Distiller(nn.Module):
             teacher: the teacher's view, without gradient. Only those of its results are computed that you use.
 
         Returns:
-            Scalars by name, before any weight; they are weighted, then added to the detection losses. A name contains
-            "loss", or Detectron2 does not print it.
+            At least one loss by name, ``Tensor[]``, float32, before any weight; they are weighted, then added to the
+            detection losses. Each depends on the student's features; where a batch has nothing to compare, it is 0
+            times something of the student's. A name contains "loss", or Detectron2 does not print it.
+
+        Raises:
+            DistillError: this method does not fit the two detectors. What it returns is checked by the
+                ``DistillationModel``, which raises the same.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(student, teacher)")
 

@@ -53,7 +53,7 @@ class LogitDistiller(Distiller):
         temperature: float = 1.0,
         alpha: float = 1.0,
         beta: float = 0.25,
-        box_weight: float = 1.0,
+        box_weight: float = 4.0,
         class_map: Mapping[int, int] | None = None,
         **weight_settings: float,
     ) -> None:

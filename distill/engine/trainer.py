@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from ..errors import DistillError
 from ..modeling import AlignedTeacher, DistillationModel
 from ..modeling.backbones import freeze_unused_levels
-from ..modeling.checkpoint import describe_weights
+from ..modeling.checkpoint import describe_weights, refuse_code
 from ..modeling.precision import amp_dtype, keep_coordinates, keep_statistics
 from ..modeling.timm_weights import check_backbone, warn_of_other_images
 from ..recipes import Recipe, as_recipe
@@ -185,6 +185,7 @@ class Trainer(TrainerBase):
         hint = "to start anew, or with another optimizer or other distillers, leave --resume out"
         try:
             check_backbone(self._unwrapped_model(), path)
+            refuse_code(path)
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=bool(last))
         except DistillError as error:
             failure, message = error, str(error)

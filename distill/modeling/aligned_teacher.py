@@ -58,7 +58,7 @@ class AlignedBackbone(Wrapper, Backbone):
         self.fusion = fusion
         self.downsampling = downsampling
         self.scale = scale
-        shape = {name: fpn.output_shape()[name] for name in fpn._out_features}
+        shape = fpn.output_shape()
         _, *self._out_features = shape
         self._pool = LastLevelMaxPool() if isinstance(fpn.top_block, LastLevelMaxPool) else None
         if self._pool:

@@ -1,6 +1,7 @@
 """Loading weights, with errors that say what is wrong with the file."""
 
 import copy
+import pickle
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -16,6 +17,41 @@ from ..recipes import Recipe, YamlRecipe, as_recipe
 _COUNTER = ".num_batches_tracked"
 # A distilled checkpoint holds the distillers' weights, too, which a detector alone has no use for.
 _DISTILLERS = "distillers."
+# Whose .pkl files are known; they hold nothing but arrays, in the pickles of several decades
+_TRUSTED = ("detectron2://", "https://dl.fbaipublicfiles.com/", "catalog://")
+_ARRAYS = {"_reconstruct", "_frombuffer", "ndarray", "dtype", "scalar"}  # of numpy, by which arrays are pickled
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, text, numbers and numpy's arrays, and refuses to call anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_array = module.split(".")[0] == "numpy" and name in _ARRAYS
+        if is_array or (module, name) in (("collections", "OrderedDict"), ("_codecs", "encode")):
+            return super().find_class(module, name)
+        raise DistillError(f"it would run {module}.{name}")
+
+
+def refuse_code(path: str) -> None:
+    """Refuses a .pkl file that would run code when Detectron2 reads it. (Of other files torch reads tensors alone.)
+
+    Args:
+        path: a file or a URL; those of Detectron2's model zoo are trusted.
+
+    Raises:
+        DistillError: it holds something else than arrays, or cannot be read.
+    """
+    path = path.partition("?")[0]
+    if not path.endswith(".pkl") or path.startswith(_TRUSTED):
+        return
+    try:
+        with PathManager.open(path, "rb") as f:
+            _ArrayUnpickler(f, encoding="latin1").load()
+    except Exception as error:  # damaged bytes make pickle raise almost anything
+        raise DistillError(
+            f"The weights {path!r} are not read: {error}. A .pkl file of weights holds dicts of numpy arrays; if you "
+            "trust this one, load it and save its tensors by torch.save as a .pth."
+        ) from error
 
 
 class StrictCheckpointer(DetectionCheckpointer):
@@ -64,9 +100,9 @@ class StrictCheckpointer(DetectionCheckpointer):
             ) from error
 
     def _load_file(self, filename: str) -> dict:
+        refuse_code(self._source)
         try:
-            # torch.load defaults to weights_only=True: nothing in a .pth is executed. The .pkl files are Detectron2's
-            # own model zoo.
+            # torch.load defaults to weights_only=True: nothing in a .pth is executed
             loaded = super()._load_file(filename)
         except Exception as error:  # damaged bytes make torch and pickle raise almost anything
             reason = str(error).strip().split("\n")[0] or type(error).__name__

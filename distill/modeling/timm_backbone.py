@@ -31,8 +31,8 @@ class TimmBackbone(Backbone):
 
     Args:
         name: a name of timm's models, with a pretrained tag (``resnet18.tv_in1k``) or without.
-        out_indices: which of its stages, finest first, by timm's numbers; those of stride 4, 8, 16 and 32
-            by default. Their strides must double from one to the next.
+        out_indices: which of its stages, finest first, by timm's numbers; all of stride 4 and more by default. Their
+            strides must double from one to the next.
         norm: what its batch norms are: "BN", "FrozenBN", "SyncBN" or "GN". Other norms stay as they are.
         weights: see :func:`read_weights`; or one of timm's tags.
         freeze_at: as MODEL.BACKBONE.FREEZE_AT of Detectron2's ResNet: 0 freezes nothing, 1 the first convolution

@@ -28,7 +28,7 @@ class DetectorView:
         detector: the student or the teacher.
         batched_inputs: the batch, in Detectron2's format.
         compute_features: returns the padded, normalised images and the features by level.
-        frozen: whether the detector is a teacher, all of whose results come without gradient.
+        frozen: whether all results come without gradient, as a teacher's do.
         outputs: what modules of the detector returned in this step ("box_predictor", "head", "label_anchors"), the
             "proposals" that its box head was given, and what its head's layers were ("towers", a ``TowerRecord``).
         scaling: at which size the detector sees the images. Whatever the view shows is in pixels of the whole images.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.utils.registry import _convert_target_to_string, locate
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -193,4 +193,4 @@ def _resizes(node: Any) -> Iterator[DictConfig]:
 
 
 def _name(target: Any) -> str:
-    return (target if isinstance(target, str) else _convert_target_to_string(target)).rpartition(".")[2]
+    return target.rpartition(".")[2] if isinstance(target, str) else target.__name__

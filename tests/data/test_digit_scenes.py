@@ -3,7 +3,6 @@
 import contextlib
 import json
 import multiprocessing
-from pathlib import Path
 from unittest.mock import Mock
 from xml.etree import ElementTree
 
@@ -132,10 +131,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         digit_scenes.prepare_digit_scenes()
 
 
-def test_a_process_without_a_home_has_a_cache_folder(monkeypatch):
+def test_a_user_without_a_home_is_told_of_the_variable(monkeypatch, tmp_path):
     monkeypatch.delenv("DISTILL_CACHE", raising=False)
-    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
-    assert digit_scenes.cache_dir().parent.name == "distill"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert digit_scenes.cache_dir().parent == tmp_path / ".cache" / "distill"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError("uid not found")))
+    with pytest.raises(DistillError, match="no home folder .*set the variable DISTILL_CACHE"):
+        digit_scenes.cache_dir()
 
 
 def test_other_settings_have_another_folder(small):

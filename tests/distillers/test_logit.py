@@ -148,7 +148,12 @@ def test_one_class_of_a_dense_head_has_no_response(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["LogitDistiller", "GlobalKnowledgeDistiller"])
 def test_one_class_of_a_box_head_is_compared_with_background(tmp_path, name):
-    build_hooks(seven_class_pair(tmp_path, "faster_rcnn", ["0=1"], **{"DISTILL.DISTILLERS": [name]}))
+    model = seven_class_pair(tmp_path, "faster_rcnn", ["0=1"], **{"DISTILL.DISTILLERS": [name]})
+    build_hooks(model)
+    if name == "GlobalKnowledgeDistiller":
+        give_prototypes(model, classes=(0, 1, 2))
+    losses = step(model, random_batch((64, 96)))
+    assert losses["loss_logit" if name == "LogitDistiller" else "loss_response"] > 0
 
 
 @pytest.mark.parametrize("kind", ["KD", "BCKD"])

@@ -227,10 +227,14 @@ def test_nothing_to_train_on_or_to_evaluate_is_refused():
         YamlRecipe(cfg).check_evaluation(True)
 
 
-def test_no_weights_are_none(tmp_path):
+def test_weights_may_be_none_as_in_a_python_config(tmp_path):
     cfg = detector_cfg("retinanet", **{"OUTPUT_DIR": str(tmp_path)})
     cfg.MODEL.WEIGHTS = None
-    OneBatchTrainer(cfg).resume_or_load(resume=False)
+    trainer = OneBatchTrainer(cfg)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.resume_or_load(resume=False)
+    assert trainer.start_iter == 0
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
 
 
 def test_a_script_of_ones_own_has_the_packages_log(tmp_path):

@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 
 from distill.distillers import Distiller
+from distill.modeling.loss_weights import LossWeights
 from distill.modeling.views import align
 from tests.helpers import built_in, detector_cfg, distillation_cfg, random_batch, write_teacher
 
@@ -50,9 +51,10 @@ def seen_views(model, batch):
     class Looking(Distiller):
         def forward(self, student, teacher):
             seen.extend((student, teacher))
-            return {}
+            return {"loss_looking": sum(level.mean() for level in student.features.values())}
 
     model.distillers["Looking"] = Looking()
+    model._loss_weights = LossWeights(model.distillers)
     losses = model(batch)
     handle.remove()
     assert all(loss.isfinite() for loss in losses.values())

@@ -216,13 +216,13 @@ def test_nothing_decays_without_a_known_end_and_no_weight_is_negative():
     assert distiller.weight_at(200, 100) == 0.0
 
 
-def test_a_loss_without_gradient_or_without_anything_is_not_counted():
-    distillers, loss_weights = make("A", "B", period=1, balance=1.0)
+def test_a_loss_without_gradient_is_not_counted():
+    distillers, loss_weights = make("A", period=1, balance=1.0)
     x = torch.randn(3, requires_grad=True)
     for _ in range(2):
-        weights = loss_weights({"loss": x.sum()}, {"A": {"loss_a": 0 * x.sum()}, "B": {}}, {"p2": x})
-        assert weights == {"A": {"loss_a": 0.0}, "B": {}}  # no weight before the scale is known
-    assert distillers["A"].num_measurements == distillers["B"].num_measurements == 0
+        weights = loss_weights({"loss": x.sum()}, {"A": {"loss_a": 0 * x.sum()}}, {"p2": x})
+        assert weights == {"A": {"loss_a": 0.0}}  # no weight before the scale is known
+    assert distillers["A"].num_measurements == 0
 
 
 def test_a_high_ratio_for_long_is_one_warning(caplog):

@@ -1,7 +1,10 @@
 """The teacher is fully loaded, or it is an error that says why."""
 
+import collections
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -9,6 +12,7 @@ from detectron2.modeling import build_model
 from distill.errors import DistillError
 from distill.modeling import build_teacher
 from distill.modeling.teacher import teacher_recipe
+from tests.engine.test_trainer import OneBatchTrainer
 from tests.helpers import detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
 
 
@@ -175,6 +179,27 @@ def test_a_pth_that_would_run_code_is_refused(cfg, capsys):
     with open(cfg.DISTILL.TEACHER.WEIGHTS, "wb") as f:
         pickle.dump(Exploit(), f)
     with pytest.raises(DistillError, match="not a readable checkpoint"):
+        build_teacher(cfg)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_pkl_that_would_run_code_is_refused(cfg, capsys, tmp_path):
+    path = str(tmp_path / "teacher.pkl")
+    state = {key: value.numpy() for key, value in torch.load(cfg.DISTILL.TEACHER.WEIGHTS)["model"].items()}
+    set_all(cfg, {"DISTILL.TEACHER.WEIGHTS": path})
+    for protocol in (2, 4):  # as in Detectron2's model zoo, old and new
+        content = {"model": collections.OrderedDict(state), "__author__": "us", "number": np.float32(1)}
+        Path(path).write_bytes(pickle.dumps(content, protocol))
+        found = build_teacher(cfg).model.state_dict()
+        assert all(np.array_equal(found[key].numpy(), value) for key, value in state.items())
+        Path(path).write_bytes(pickle.dumps({"model": state, "x": Exploit()}, protocol))
+        with pytest.raises(DistillError, match="teacher.pkl' are not read: it would run .*builtin.*.print"):
+            build_teacher(cfg)
+        student = detector_cfg("faster_rcnn", **{"MODEL.WEIGHTS": path, "OUTPUT_DIR": str(tmp_path / "out")})
+        with pytest.raises(DistillError, match="teacher.pkl' are not read: it would run .*builtin.*.print"):
+            OneBatchTrainer(student).resume_or_load(resume=False)
+    Path(path).write_bytes(b"nothing")
+    with pytest.raises(DistillError, match="teacher.pkl' are not read"):
         build_teacher(cfg)
     assert "executed" not in capsys.readouterr().out
 

@@ -14,6 +14,7 @@ import torch
 from detectron2.evaluation.testing import flatten_results_dict
 from runs import read_metrics
 
+from distill.config import is_record
 from distill.data import register_from_config
 from distill.engine import evaluate_teacher
 from distill.engine.checkpoints import PREVIOUS_BEST
@@ -82,8 +83,11 @@ def merge_records(records: Sequence[dict]) -> dict[int, dict]:
 
 def find_config(folder: Path) -> Path | None:
     """The config that train_net.py wrote to a folder: of a run from a Python config the config.py, since its
-    config.yaml is text alone."""
-    return next((folder / name for name in ("config.py", "config.yaml") if (folder / name).is_file()), None)
+    config.yaml is text alone. Another config.py is not executed."""
+    record = folder / "config.py"
+    if record.is_file() and is_record(record):
+        return record
+    return folder / "config.yaml" if (folder / "config.yaml").is_file() else None
 
 
 class Run:
@@ -201,10 +205,11 @@ class TeacherOf:
         try:
             self.recipe = teacher_recipe(run.cfg)
             weights = self.recipe.cfg.MODEL.WEIGHTS
-            if Path(weights).is_file() and any(
-                (Path(weights).parent / f"config.{x}").is_file() for x in ("py", "yaml")
-            ):
-                self.run = Run(Path(weights).parent)
+            config = find_config(Path(weights).parent) if Path(weights).is_file() else None
+            named = Path(run.cfg.DISTILL.TEACHER.CONFIG_FILE)
+            # a program that nobody named is not executed
+            if config and (config.suffix == ".yaml" or config.resolve() == named.resolve()):
+                self.run = Run(config.parent)
             self.scores = _evaluate(run) if evaluate else self._logged(Path(weights))
         except DistillError as error:
             self.problem = f"The teacher's results are not known: {error}"

@@ -142,7 +142,7 @@ def _read_annotation(source: Source, record: dict, annotation: dict, numbers: di
         return
     found = {"bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "iscrowd": int(annotation.get("iscrowd") or 0)}
     try:
-        mask = _read_mask(annotation.get("segmentation"), record)
+        mask = _read_mask(annotation.get("segmentation"))
         box = enclosing(_read_box(annotation.get("bbox"), mask), _rotation(annotation))
     except (ValueError, TypeError, KeyError, IndexError):
         source.faults.append(Fault("annotation unreadable", record, record["file_name"]))
@@ -154,7 +154,7 @@ def _read_annotation(source: Source, record: dict, annotation: dict, numbers: di
     record["annotations"].append({**found, "bbox": box, **({"segmentation": mask} if mask else {})})
 
 
-def _read_mask(mask: object, record: dict) -> list | dict | None:
+def _read_mask(mask: object) -> list | dict | None:
     """Polygons of three corners and more, or a compressed run-length encoding."""
     if not mask:
         return None
