@@ -14,10 +14,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
+from drawing import plain_text
 
 from distill.config import check_output_dir
 from distill.data import register_datasets
@@ -34,15 +35,19 @@ def draw_sheet(name: str, path: Path) -> None:
         path: the PNG to write.
     """
     records = DatasetCatalog.get(name)
+    metadata = Metadata(thing_classes=[plain_text(x) for x in MetadataCatalog.get(name).thing_classes])
     chosen = records[:: max(1, len(records) // NUM_DRAWN)][:NUM_DRAWN]
     figure, axes = plt.subplots(3, 4, figsize=(16, 12))
     for axis in axes.flat:
         axis.axis("off")
     for axis, record in zip(axes.flat, chosen):
-        image = read_image(record["file_name"], "RGB")
-        drawn = Visualizer(image, MetadataCatalog.get(name), 384 / min(image.shape[:2])).draw_dataset_dict(record)
+        try:
+            image = read_image(record["file_name"], "RGB")
+        except OSError as error:  # with --check off nobody has looked
+            raise DistillError(f"The image '{record['file_name']}' cannot be read: {error}") from error
+        drawn = Visualizer(image, metadata, 384 / min(image.shape[:2])).draw_dataset_dict(record)
         axis.imshow(drawn.get_image())
-        axis.set_title(Path(record["file_name"]).name, fontsize=8)
+        axis.set_title(plain_text(Path(record["file_name"]).name), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -114,12 +114,13 @@ def check_settings(output: Path, opts: Sequence[str]) -> None:
             raise DistillError(
                 f"{path} is damaged: {error}. Remove the folder {output}, or give another --output."
             ) from error
-        if before != settings:
+        if before == settings:
+            return
+        if any(output.glob("*/metrics.json")):  # or nothing has been trained
             raise DistillError(
                 f"The models in {output} were trained with {' '.join(before) or 'no overrides'}, not with "
                 f"{' '.join(settings) or 'none'}: give another --output, or remove that folder."
             )
-        return
     output.mkdir(parents=True, exist_ok=True)
     write_file(str(path), json.dumps(settings))
 

@@ -8,6 +8,7 @@ from detectron2.utils.visualizer import Visualizer
 
 MIN_SCORE = 0.5  # of a detection that is drawn
 DRAWN_PIXELS = 384  # short side of a drawn image: text needs them
+LONGEST_PIXELS = 16384  # long side: a JPEG has 65535 at most
 
 
 def draw_boxes(
@@ -24,7 +25,8 @@ def draw_boxes(
     Returns:
         The picture, ``uint8[H', W', 3]``, RGB.
     """
-    drawing = Visualizer(image, scale=DRAWN_PIXELS / min(image.shape[:2]))
+    height, width = image.shape[:2]
+    drawing = Visualizer(image, scale=min(DRAWN_PIXELS / min(height, width), LONGEST_PIXELS / max(height, width)))
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     if colors is not None:
         for box, color in zip(boxes, colors):  # below those of overlay_instances, which are half transparent
@@ -75,5 +77,17 @@ def label(names: Sequence[str], number: int, score: float | None = None) -> str:
     Returns:
         Such as "cat 87%".
     """
-    name = names[number] if number < len(names) else str(number)
+    name = plain_text(names[number]) if number < len(names) else str(number)
     return name if score is None else f"{name} {score:.0%}"
+
+
+def plain_text(text: str) -> str:
+    """Text for matplotlib, which would read a formula between two dollar signs.
+
+    Args:
+        text: any.
+
+    Returns:
+        The same, to be shown as it is.
+    """
+    return text.replace("$", r"\$")

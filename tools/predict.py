@@ -23,7 +23,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
-from drawing import DRAWN_PIXELS, MIN_SCORE
+from drawing import DRAWN_PIXELS, LONGEST_PIXELS, MIN_SCORE, plain_text
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -71,10 +71,12 @@ def load(weights: str, config_file: str, opts: Sequence[str]) -> tuple[nn.Module
             f"{weights} is taken for a checkpoint, which needs --config-file. Exported files end in .ts or .onnx."
         )
     recipe = load_recipe(config_file, opts)
-    try:
-        register_from_config(recipe.cfg)
-    except DistillError as error:
-        logger.warning(f"The classes may lack their names: {error}")
+    for sets in (recipe.cfg.DATASETS.TEST, recipe.cfg.DATASETS.TRAIN):  # either names the classes
+        try:
+            register_from_config(recipe.cfg, sets)
+            break
+        except DistillError as error:
+            logger.warning(f"The classes may lack their names: {error}")
     names = class_names(recipe)
     own = recipe.detector(weights)
     if own.cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -132,9 +134,9 @@ def draw(path: Path, instances: Instances, metadata: Metadata, target: Path) -> 
         target: the file to write.
     """
     image = read_image(seen_path(str(path)), "RGB")
-    drawn = Visualizer(image, metadata, scale=max(1.0, DRAWN_PIXELS / min(image.shape[:2]))).draw_instance_predictions(
-        instances
-    )
+    height, width = image.shape[:2]
+    scale = max(1.0, min(DRAWN_PIXELS / min(height, width), LONGEST_PIXELS / max(height, width)))
+    drawn = Visualizer(image, metadata, scale).draw_instance_predictions(instances)
     Image.fromarray(drawn.get_image()).save(target)
 
 
@@ -150,8 +152,12 @@ def predict(args: argparse.Namespace) -> None:
     """
     targets = find_images(args.input, args.output)
     model, mapper, names = load(args.weights, args.config_file, args.opts)
-    metadata = Metadata(thing_classes=names)
+    metadata = Metadata(thing_classes=[plain_text(name) for name in names])
     check_output_dir(str(args.output), "--output")
+    if args.json:
+        check_output_dir(str(args.json.parent), "--json's folder")
+        if args.json.is_dir():
+            raise DistillError(f"--json is {str(args.json)!r}, which is a folder: name a file.")
     content: dict[str, list[dict]] = {
         "images": [],
         "annotations": [],

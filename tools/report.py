@@ -11,6 +11,7 @@ metrics.json beside its weights. A run from a Python config executes it again. S
 import argparse
 import datetime
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ class Report:
         """The most important figures, each with what it is."""
         metric = next((Metric(m.dataset, m.task, "AP") for m in self.run.scores), None)
         own = self.run.scores.get(metric)
-        if own is None:
+        if own is None or not math.isfinite(own):  # of no detection Detectron2 computes no AP
             return []
         found = [(f"{own:.1f}", "AP")]
         base = self.runs[1].scores.get(metric) if self.baseline else None
@@ -234,6 +235,8 @@ def main() -> None:
     run, *others = read_runs([args.folder, *args.others])
     output = args.output or run.folder / "report.html"
     check_output_dir(str(output.parent), "--output")
+    if output.is_dir():
+        raise DistillError(f"--output is {str(output)!r}, which is a folder: name a file.")
     report = Report(run, others, args.evaluate_teacher)
     if args.images or args.rounds:
         report.load()

@@ -122,18 +122,15 @@ def check_datasets(cfg: CfgNode, is_training: bool = True) -> None:
                 f"Unknown dataset {name!r} in DATASETS. Register it in DATASETS.REGISTER as {_FORMS}, or use one that "
                 f"Detectron2 knows (it looks below $DETECTRON2_DATASETS) or a digit_scenes one."
             )
+    for name in names[1:]:
+        _check_same_classes(names[0], name)
+    for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")
         if node and classes and len(classes) != cfg.MODEL[node].NUM_CLASSES:
             raise DistillError(
                 f"The dataset {name} has {len(classes)} classes ({', '.join(classes[:10])}"
                 f"{', ...' if len(classes) > 10 else ''}), but MODEL.{node}.NUM_CLASSES is "
                 f"{cfg.MODEL[node].NUM_CLASSES}. Set MODEL.{node}.NUM_CLASSES {len(classes)}."
-            )
-        others = MetadataCatalog.get(names[0]).get("thing_classes")
-        if classes and others and list(classes) != list(others):
-            raise DistillError(
-                f"The datasets {names[0]} and {name} have different classes: {', '.join(others[:10])} and "
-                f"{', '.join(classes[:10])}. Give both the same, in one order: name=voc:ROOT:SPLIT:class,class,..."
             )
     for name in names if cfg.MODEL.KEYPOINT_ON else ():
         if MetadataCatalog.get(name).get("masks") is not None:  # read by us
@@ -155,3 +152,22 @@ def check_datasets(cfg: CfgNode, is_training: bool = True) -> None:
                 f"The dataset {name} has run-length encoded masks, but INPUT.MASK_FORMAT is polygon. Set "
                 "INPUT.MASK_FORMAT bitmask."
             )
+
+
+def _check_same_classes(name: str, other: str) -> None:
+    classes, others = (MetadataCatalog.get(x).get("thing_classes") for x in (name, other))
+    if not (classes and others) or list(classes) == list(others):
+        return
+    differences = [
+        f"{known} has {', '.join(alone[:10])}{', ...' if len(alone) > 10 else ''}, which {unknown} has not"
+        for known, unknown, alone in (
+            (name, other, [x for x in classes if x not in others]),
+            (other, name, [x for x in others if x not in classes]),
+        )
+        if alone
+    ]
+    raise DistillError(
+        f"The datasets {name} and {other} have different classes: {'; '.join(differences) or 'in another order'}. Give "
+        "both the same, in one order: for VOC by name=voc:ROOT:SPLIT:class,class,..., in COCO's JSON the categories "
+        "and their ids, for YOLO the names."
+    )

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from pycocotools.coco import COCO
 
 from distill.data.check import check_source
 from distill.data.formats import read_coco
@@ -180,3 +181,45 @@ def test_cvats_rotated_boxes_are_enclosed(tmp_path):
         source = checked(write_coco(tmp_path, coco(annotations=[turned])))
         assert only_box(source) == pytest.approx(expected)
         assert bool(source.json_file) == (expected == BOX)  # which has the box before its rotation
+
+
+@pytest.mark.parametrize(
+    "mask, is_kept",
+    [
+        ([[4, 6, 20, 6, 20, 16]], True),
+        ([], True),
+        ({"size": [H, W], "counts": [0, H * W]}, True),
+        ([4, 6, 20, 6, 20, 16], False),  # flat
+        ([[4, 6, 20, 16], [4, 6, 20, 6, 20, 16]], False),  # a line, which has no area
+    ],
+)
+def test_a_json_whose_masks_pycocotools_cannot_read_is_not_evaluated(tmp_path, mask, is_kept):
+    content = coco()
+    content["annotations"][0]["segmentation"] = mask
+    source = checked(write_coco(tmp_path, content))
+    assert bool(source.json_file) == is_kept
+    if is_kept and mask:
+        api = COCO(source.json_file)
+        assert api.annToMask(api.anns[5]).shape == (H, W)
+
+
+@pytest.mark.parametrize("counts", [None, 7, [10, 5], [H * W + 1]])
+def test_run_lengths_that_do_not_fill_the_image_are_a_fault(tmp_path, counts):
+    content = coco()
+    content["annotations"][0]["segmentation"] = {"size": [H, W], "counts": counts}
+    with pytest.raises(DistillError, match="1 annotations cannot be read|1 run-length encoded masks cannot be decoded"):
+        checked(write_coco(tmp_path, content))
+
+
+def test_categories_of_one_id_are_refused(tmp_path):
+    with pytest.raises(DistillError, match="several categories of the ids 7: expected one each"):
+        write_coco(tmp_path, coco(categories=categories((7, ("ant", "none")), (7, ("bee", "none")))))
+
+
+def test_names_of_a_split_that_the_json_does_not_list_are_told(tmp_path):
+    write_coco(tmp_path, coco())
+    (tmp_path / "mine.txt").write_text("a.png\nb.png\n")
+    with pytest.raises(DistillError, match="names 1 images that .*coco.json' does not list, such as b.png: .* a.png"):
+        read_coco("x", str(tmp_path / "coco.json"), str(tmp_path), "mine")
+    (tmp_path / "mine.txt").write_text("a.png\n")
+    assert len(read_coco("x", str(tmp_path / "coco.json"), str(tmp_path), "mine").records) == 1

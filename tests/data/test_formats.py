@@ -56,7 +56,7 @@ def only_box(source, index=0):
 # PASCAL VOC
 
 
-@pytest.mark.parametrize("ending", [".jpg", ".JPG", ".jpeg", ".png", ".bmp", ".webp"])
+@pytest.mark.parametrize("ending", [".jpg", ".JPG", ".jpeg", ".png", ".bmp", ".webp", ".tif"])
 def test_images_of_any_ending_and_names_with_spaces(tmp_path, ending):
     write_flat_voc(tmp_path, ["my photo 1", "b"], ending)
     source = checked(read_voc("x", str(tmp_path), "all"))
@@ -249,3 +249,44 @@ def test_cvats_folders_below_the_layouts(tmp_path):
     source = checked(read_voc("x", str(tmp_path), "default"))
     assert source.classes == ["one", "two"] and only_box(source, 1) == BOX
     assert [record["file_name"].split("JPEGImages/")[1] for record in source.records] == ["one/a.jpg", "two/a.png"]
+
+
+def test_pictures_of_classes_are_not_taken_for_photographs(tmp_path):
+    """CVAT's export without images, to which they were added."""
+    for folder in ("SegmentationClass", "SegmentationObject", "depth", "images"):
+        draw(tmp_path / folder / "a.png")
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "Annotations" / "a.xml").write_text(xml())
+    assert read_voc("x", str(tmp_path), "all").records[0]["file_name"] == str(tmp_path / "images" / "a.png")
+
+
+def test_a_name_twice_in_a_list_is_one_image(tmp_path):
+    write_flat_voc(tmp_path)
+    (tmp_path / "mine.txt").write_text("b\na.jpg\nb\nsome\\folder\\a.jpg\n")
+    assert [r["image_id"] for r in read_voc("x", str(tmp_path), "mine").records] == ["b", "a"]
+
+
+def test_folders_behind_links_are_read_and_a_loop_ends(tmp_path):
+    write_flat_voc(tmp_path / "far" / "below")
+    (tmp_path / "VOC" / "JPEGImages").mkdir(parents=True)
+    (tmp_path / "VOC" / "Annotations").mkdir()
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / "VOC" / folder / "link").symlink_to(tmp_path / "far" / "below")
+    (tmp_path / "far" / "below" / "loop").symlink_to(tmp_path / "far" / "below")
+    records = checked(read_voc("x", str(tmp_path / "VOC"), "all")).records
+    assert [r["image_id"] for r in records] == ["link/a", "link/b", "link/c", "link/d"]
+    assert records[0]["file_name"] == str(tmp_path / "VOC" / "JPEGImages" / "link" / "a.jpg")
+
+
+def test_a_number_in_a_folders_name_is_no_year(tmp_path):
+    for folder, year in (("photos_20070312", 2012), ("VOC2007", 2007)):
+        assert read_voc("x", str(write_flat_voc(tmp_path / folder)), "all").metadata == {"year": year}
+
+
+def test_an_empty_line_among_classes_is_refused(tmp_path):
+    write_flat_voc(tmp_path, name="c")
+    (tmp_path / "classes.txt").write_text("\na\n \nc\n\n")
+    with pytest.raises(DistillError, match="classes.txt' has no class in its line 2"):
+        read_voc("x", str(tmp_path), "all", str(tmp_path / "classes.txt"))
+    (tmp_path / "classes.txt").write_text("a\nc\n\n\n")
+    assert read_voc("x", str(tmp_path), "all", str(tmp_path / "classes.txt")).classes == ["a", "c"]

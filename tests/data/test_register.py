@@ -83,7 +83,9 @@ def test_train_and_test_of_different_classes_are_refused(tmp_path):
     check_datasets(cfg)
     MetadataCatalog.remove("b")
     MetadataCatalog.get("b").set(thing_classes=["dog"], evaluator_type="pascal_voc")
-    with pytest.raises(DistillError, match="a and b have different classes: cell and dog"):
+    with pytest.raises(
+        DistillError, match="a and b have different classes: a has cell, which b has not; b has dog, which a has not"
+    ):
         check_datasets(cfg)
 
 

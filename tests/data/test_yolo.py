@@ -142,3 +142,37 @@ def test_labels_that_are_not_there_are_named(tmp_path):
     with pytest.raises(DistillError, match=places):
         read_yolo("x", str(path), "train")
     assert len(read_yolo("x", str(path), "val").records) == 1
+
+
+def test_polygons_among_boxes_are_told(tmp_path, caplog):
+    path = write_yolo(tmp_path)
+    label = tmp_path / "train" / "labels" / "a.txt"
+    label.write_text("0 0.1 0.1 0.5 0.1 0.5 0.5\n" + label.read_text())
+    (tmp_path / "train" / "labels" / "b.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.5\n")
+    with caplog.at_level("WARNING", "distill"):
+        source = read_yolo("x", str(path), "train")
+    assert "x: 2 objects are polygons and 1 are boxes, such as of " in caplog.text and "a.jpg: all are" in caplog.text
+    assert all("segmentation" not in a for r in source.records for a in r["annotations"])
+
+
+def test_windows_paths_and_linked_folders(tmp_path):
+    path = write_yolo(tmp_path, train="train\\images", val="mine.txt")
+    (tmp_path / "mine.txt").write_text("train\\images\\b.jpg\n")
+    assert len(checked(read_yolo("x", str(path), "train")).records) == 2
+    assert read_yolo("x", str(path), "val").records[0]["file_name"] == str(tmp_path / "train" / "images" / "b.jpg")
+    whole = tmp_path / "whole"
+    (whole / "images").mkdir(parents=True)
+    (whole / "classes.txt").write_text("ant\ncell\n")
+    (whole / "images" / "link").symlink_to(tmp_path / "train" / "images")
+    (whole / "labels").mkdir()
+    (whole / "labels" / "link").symlink_to(tmp_path / "train" / "labels")
+    source = checked(read_yolo("x", str(whole), "all"))
+    assert len(source.records) == 2 and only_box(source) == pytest.approx(BOX)
+
+
+def test_an_empty_line_among_the_classes_of_a_folder_is_refused(tmp_path):
+    draw(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("1 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "classes.txt").write_text("ant\n\ncell\n")
+    with pytest.raises(DistillError, match="no class in its line 2: expected a name on each line"):
+        read_yolo("x", str(tmp_path), "all")

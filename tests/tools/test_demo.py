@@ -1,10 +1,12 @@
 """The demo's stages, on photos of the user's own."""
 
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
@@ -59,6 +61,28 @@ def test_one_test_image_is_drawn_and_the_users_check_counts(tmp_path, monkeypatc
     found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([0])
     demo.draw(records, {"model": [found]}, MetadataCatalog.get("demo_test"), tmp_path / "one.png")
     assert (tmp_path / "one.png").exists()
+    names = Metadata(thing_classes=["a$_$", "$x$"])  # no formulas
+    demo.draw(records, {"model": [found]}, names, tmp_path / "other.png")
+
+
+def test_settings_of_what_was_never_trained_are_written_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    import demo
+
+    for settings in (["A", "1"], ["A", "2"], ["A", "2"]):
+        demo.check_settings(tmp_path, settings)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "metrics.json").write_text("")
+    demo.check_settings(tmp_path, ["A", "2"])
+    with pytest.raises(DistillError, match="were trained with A 2, not with A 3: give another --output"):
+        demo.check_settings(tmp_path, ["A", "3"])
+
+
+def test_data_of_the_environment_is_not_the_demos():
+    for environment, argument, data in (({"DATA": "/x"}, [], ""), ({}, ["DATA=a b"], " --data a b")):
+        command = ["make", "-n", "demo", "PY=python", *argument]
+        result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+        assert f"demo.py{data}" in [line.strip().removeprefix("python tools/") for line in result.stdout.splitlines()]
 
 
 def test_damaged_settings_and_another_folder_are_named(tmp_path, monkeypatch):

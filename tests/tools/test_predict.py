@@ -95,6 +95,10 @@ def test_images_are_seen_as_in_training_and_a_multi_scale_teacher_predicts(tmp_p
     args = {"input": [str(tmp_path / "data")], "output": tmp_path / "again", "json": None, "min_score": 0.5}
     script.predict(Namespace(weights="", config_file="", opts=[], **args))
     assert 100 < seen[0] < 155
+    seen.clear()
+    with pytest.raises(DistillError, match="--json is .*, which is a folder: name a file"):
+        script.predict(Namespace(weights="", config_file="", opts=[], **{**args, "json": tmp_path}))
+    assert not seen
 
 
 def test_a_file_that_does_not_say_how_images_are_resized_is_warned_of(tmp_path, caplog, monkeypatch):

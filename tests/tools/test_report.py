@@ -206,6 +206,7 @@ def test_what_is_missing_is_said(runs, tmp_path):
     config = tmp_path / "elsewhere" / "config.yaml"
     config.write_text(re.sub(r"- noise=.*", "[]", config.read_text()).replace("- noise", "- somewhere"))
     config.write_text(re.sub(r"REGISTER:\n *\[\]", "REGISTER: []", config.read_text()))
+    (tmp_path / "elsewhere" / "metrics.json").write_text(kept[0])
     result = make(tmp_path / "interrupted", output=tmp_path / "page.html")
     assert result.returncode == 0, result.stderr[-3000:]
     text = (tmp_path / "page.html").read_text()
@@ -222,6 +223,7 @@ def test_what_is_missing_is_said(runs, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     parsed = Page((tmp_path / "page.html").read_text())
     for said in (
+        "This run goes on: 20 of 40 iterations are logged. Its model_final.pth, which the images",
         "No images are shown. The dataset somewhere is not registered here",
         "Measured on an image of noise",
         "The teacher was evaluated on noise, not on somewhere. --evaluate-teacher evaluates it",

@@ -141,7 +141,7 @@ def read_test_set(run: Run) -> tuple[str, list[dict]]:
     Raises:
         DistillError: it names none, or it cannot be read.
     """
-    register_from_config(run.cfg)
+    register_from_config(run.cfg, run.cfg.DATASETS.TEST)
     if not run.cfg.DATASETS.TEST:
         raise DistillError("The config names no test set.")
     name = run.cfg.DATASETS.TEST[0]

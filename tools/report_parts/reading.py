@@ -255,7 +255,7 @@ def _iteration_of(weights: Path) -> int | None:
 
 
 def _evaluate(run: Run) -> Scores:
-    register_from_config(run.cfg)
+    register_from_config(run.cfg, run.cfg.DATASETS.TEST)
     recipe = copy.copy(run.recipe)
     recipe.cfg = run.cfg.clone()
     recipe.cfg.defrost()

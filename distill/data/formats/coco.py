@@ -58,10 +58,20 @@ def read_coco(name: str, json_file: str, image_root: str, split: str = "all") ->
     if root:
         logger.info(f"{name}: the category {root['name']!r} is the name of the project (Roboflow's), and no class.")
     check_classes(name, classes)
-    twice = sorted(key for key, number in Counter(keys).items() if number > 1)
-    require(not twice, name, f"'{json_file}' has several images of the ids {', '.join(twice[:3])}: expected one each.")
+    for what, ids in (("images", keys), ("categories", [str(category["id"]) for category in categories])):
+        twice = sorted(key for key, number in Counter(ids).items() if number > 1)
+        require(
+            not twice, name, f"'{json_file}' has several {what} of the ids {', '.join(twice[:3])}: expected one each."
+        )
 
     chosen = set(select(name, split, stems, path.parent))
+    absent = sorted(chosen - set(stems))
+    require(
+        not absent,
+        name,
+        f"the split '{split}' names {len(absent)} images that '{json_file}' does not list, such as "
+        f"{', '.join(absent[:3])}: expected its file names, such as {images[0]['file_name']}.",
+    )
     source = Source(classes, [], "coco")
     numbers = {str(category["id"]): index for index, category in enumerate(categories)}
     for key in by_image.keys() - set(keys):
@@ -111,7 +121,9 @@ def _is_standard(annotation: dict) -> bool:
     means no object."""
     numbers = all(type(annotation.get(key)) is int for key in ("id", "image_id", "category_id", "iscrowd"))
     is_read = numbers and annotation["id"] > 0 and not annotation.get("ignore") and not _rotation(annotation)
-    return is_read and "area" in annotation and len(annotation.get("bbox") or ()) == 4
+    mask = annotation.get("segmentation")
+    is_mask = not isinstance(mask, list) or all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in mask)
+    return is_read and is_mask and "area" in annotation and len(annotation.get("bbox") or ()) == 4
 
 
 def _rotation(annotation: dict) -> float:
@@ -161,6 +173,8 @@ def _read_mask(mask: object) -> list | dict | None:
     if isinstance(mask, dict):
         size = [int(side) for side in mask["size"]]
         if isinstance(mask["counts"], list):
+            if sum(mask["counts"]) != math.prod(size):
+                raise ValueError(mask["counts"])
             return mask_util.frPyObjects({"counts": mask["counts"], "size": size}, *size)
         return {"counts": mask["counts"], "size": size}
     polygons = [mask] if isinstance(mask[0], int | float) else mask

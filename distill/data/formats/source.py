@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ...errors import DistillError
 
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in any case
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # in any case
 
 
 class Fault(NamedTuple):
@@ -82,6 +82,27 @@ def find_images(folders: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
+def walk(folder: Path, types: Sequence[str] = IMAGE_TYPES) -> list[Path]:
+    """The files of some types in a folder and all below it, also where links lead.
+
+    Args:
+        folder: may not exist.
+        types: endings, in lower case.
+
+    Returns:
+        Files, sorted.
+    """
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [path for file in files if (path := Path(place, file)).suffix.lower() in types]
+    return sorted(found)
+
+
 def read_names(path: Path) -> list[str]:
     """The lines of a text file that are not empty, without spaces around them.
 
@@ -93,6 +114,22 @@ def read_names(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise DistillError(f"'{path}' is not UTF-8 text ({error.reason}): save it as UTF-8.") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def read_classes(path: Path) -> list[str]:
+    """The names of classes in a text file, one a line.
+
+    Raises:
+        DistillError: it is not UTF-8, or a line between others is empty: it would shift the numbers of those behind it.
+    """
+    names = read_names(path)
+    lines = path.read_text(encoding="utf-8-sig").strip().splitlines()
+    if len(lines) != len(names):
+        empty = next(index for index, line in enumerate(lines, 1) if not line.strip())
+        raise DistillError(
+            f"'{path}' has no class in its line {empty}: expected a name on each line, whose numbers count from 0."
+        )
+    return names
 
 
 def given_classes(text: str | Sequence[str]) -> list[str]:
@@ -108,7 +145,7 @@ def given_classes(text: str | Sequence[str]) -> list[str]:
     if not isinstance(text, str):
         return list(text)
     if os.path.isfile(text):
-        return read_names(Path(text))
+        return read_classes(Path(text))
     return [part.strip() for part in text.split(",")] if text else []
 
 
@@ -146,7 +183,7 @@ def select(name: str, split: str, stems: Sequence[str], folder: Path, own: Seque
             names = read_names(path)
             require(bool(names), name, f"the split '{path}' is empty: expected the name of an image on each line.")
             known = set(stems)
-            return [_without_column(line, known) for line in names]
+            return list(dict.fromkeys(_without_column(line.replace("\\", "/"), known) for line in names))
     share = _share(split)
     if share is not None:
         require(0 < abs(share) <= 1, name, f"the share {split} is not between -1 and 1.")

@@ -18,6 +18,7 @@ from .source import (
     given_classes,
     require,
     select,
+    walk,
 )
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -53,13 +54,17 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
         "ImageSets/Main, JPEGImages), or images and XML files in one folder or two.",
     )
     expected = standard if standard.is_dir() else folder
-    others = sorted(p for p in folder.iterdir() if p.is_dir())
+    # a class's or an object's pixels are pictures, too
+    others = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("Segmentation"))
+    others.sort(key=lambda p: p.name.lower() != "images")
     images = {**nested, **find_images([standard, folder, *others])}
     beside = {place: find_images([place]) for place in {path.parent for path in annotations.values()}}
     lists = folder / "ImageSets" / "Main"
     # of a flat folder what is annotated: an image without an XML file has not been looked at
     stems = select(name, split, list(annotations), lists if lists.is_dir() else folder)
-    source = Source([], [], "pascal_voc", metadata={"year": 2007 if "2007" in folder.resolve().name else 2012})
+    source = Source(
+        [], [], "pascal_voc", metadata={"year": 2007 if "voc2007" in folder.resolve().name.lower() else 2012}
+    )
     parsed = {stem: _parse(path) for stem, path in annotations.items()}
     found = {c for tree in parsed.values() if tree is not None for c in _names(tree)}
     source.classes = given_classes(classes) or sorted(found)
@@ -100,8 +105,7 @@ def _annotations(name: str, folder: Path, images: dict[str, Path]) -> dict[str, 
 
 def _below(folder: Path, types: Sequence[str]) -> dict[str, Path]:
     """Files by their name in PASCAL VOC's layout, which CVAT writes with the folders that images lay in."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in types) if folder.is_dir() else []
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk(folder, types)}
 
 
 def _parse(path: Path) -> ElementTree.Element | None:

@@ -1,16 +1,30 @@
 """YOLO's text files: by a data.yaml (Ultralytics, Roboflow, CVAT), or in a folder with a list of classes (LabelImg,
 Label Studio, CVAT's "YOLO 1.1")."""
 
+import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from detectron2.structures import BoxMode
 
 from ...errors import DistillError
-from .source import IMAGE_TYPES, Fault, Source, absolute, check_classes, read_names, require, select
+from .source import (
+    IMAGE_TYPES,
+    Fault,
+    Source,
+    absolute,
+    check_classes,
+    read_classes,
+    read_names,
+    require,
+    select,
+    walk,
+)
+
+logger = logging.getLogger(__name__)
 
 _CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
 
@@ -56,9 +70,14 @@ def read_yolo(name: str, root: str, split: str) -> Source:
         has_labels, name, f"none of its {len(images)} images has a text file; of the first, {places} was looked for."
     )
     masks = [a for r in source.records for a in r["annotations"] if "segmentation" in a]
-    if len(masks) < sum(len(r["annotations"]) for r in source.records):
+    boxes = [r["file_name"] for r in source.records for a in r["annotations"] if "segmentation" not in a]
+    if masks and boxes:
         for annotation in masks:  # a polygon here and there is no dataset of masks
             del annotation["segmentation"]
+        logger.warning(
+            f"{name}: {len(masks)} objects are polygons and {len(boxes)} are boxes, such as of {boxes[0]}: all are "
+            "taken for boxes."
+        )
     return source
 
 
@@ -93,20 +112,18 @@ def _from_yaml(name: str, path: Path, split: str) -> tuple[list[str], list[Path]
 
 def _images_of(name: str, base: Path, place: str) -> list[Path]:
     # Roboflow writes ../train/images for a folder beside the yaml
+    place = place if (base / place).exists() else place.replace("\\", "/")
     candidates = [base / place, base / place.removeprefix("../"), base / place.lstrip("./")]
     found = next((path for path in candidates if path.exists()), None)
     require(found is not None, name, f"the split '{base / place}' does not exist.")
     if found.is_dir():
-        return sorted(_walk(found))
+        return walk(found)
     return [_listed(base, line) for line in read_names(found)]
-
-
-def _walk(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_TYPES)
 
 
 def _listed(base: Path, line: str) -> Path:
     # CVAT writes data/obj_train_data/... for obj_train_data
+    line = line if (base / line).is_file() else line.replace("\\", "/")
     return next((p for p in (base / line, base / line.removeprefix("data/")) if p.is_file()), base / line)
 
 
@@ -118,7 +135,7 @@ def _from_folder(name: str, folder: Path, split: str) -> tuple[list[str], list[P
         name,
         f"the folder '{folder}' has no list of classes: expected {', '.join(_CLASS_LISTS[:3])}, or give a data.yaml.",
     )
-    return read_names(lists[0]), _select(name, split, sorted(_walk(folder)), folder)
+    return read_classes(lists[0]), _select(name, split, walk(folder), folder)
 
 
 def _select(name: str, split: str, images: Sequence[Path], folder: Path, own: Sequence[str] = ()) -> list[Path]:
