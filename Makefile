@@ -23,4 +23,4 @@ lint: venv
 	$(PY) -m ruff format --check .
 
 demo: venv
-	$(PY) tools/demo.py $(if $(filter command,$(firstword $(origin DATA))),--data $(DATA))
+	$(PY) tools/demo.py $(if $(and $(DATA),$(filter command,$(firstword $(origin DATA)))),--data $(DATA))

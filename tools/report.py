@@ -51,7 +51,7 @@ class Report:
     def __init__(self, run: Run, others: Sequence[Run], evaluate: bool) -> None:
         self.run = run
         self.teacher = TeacherOf(run, evaluate) if run.recipe.is_distilled else None
-        own = self.teacher.run.folder if self.teacher and self.teacher.run else None
+        own = self.teacher.folder if self.teacher else None
         self.runs = [run, *(other for other in others if other.folder != own)]
         for other in others:  # times of two devices cannot be compared
             other.cfg.MODEL.DEVICE = run.cfg.MODEL.DEVICE

@@ -2,7 +2,16 @@
 
 from .checks import auto_scale_workers, check_output_dir, check_solver, records_kept
 from .defaults import add_distill_config, add_weight_config
-from .lazy import check_record, forget_record, is_of_distillation, is_record, load_lazy_config, override, write_record
+from .lazy import (
+    check_record,
+    forget_record,
+    is_of_distillation,
+    is_record,
+    load_lazy_config,
+    override,
+    read_record,
+    write_record,
+)
 from .loading import (
     CLASS_NODES,
     detector_config,
@@ -40,6 +49,7 @@ __all__ = [
     "num_classes",
     "override",
     "plain_config",
+    "read_record",
     "records_kept",
     "resolve_config_file",
     "slim_config",

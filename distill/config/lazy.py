@@ -109,7 +109,7 @@ def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False)
         text = f.read()
         if text.startswith(_RECORD):
             had_none = ".pop('distill'" in text
-            source, earlier = _read_record(text)
+            source, earlier = read_record(text)
             earlier = [opt for opt in earlier if not (plain and is_of_distillation(opt))]
             opts, from_zoo, plain = [*earlier, *opts], False, plain or had_none
     location = f"model_zoo.get_config_file({name!r})" if from_zoo else repr(os.path.abspath(source))
@@ -125,8 +125,16 @@ def write_record(path: str, name: str, opts: Sequence[str], plain: bool = False)
     os.replace(f"{path}.tmp", path)
 
 
-def _read_record(text: str) -> tuple[str, list[str]]:
-    """The file and the overrides of a record, which is not executed: the program of the file would be, too."""
+def read_record(text: str) -> tuple[str, list[str]]:
+    """What a record (see :func:`write_record`) was started from. It is not executed: the program of the file would be,
+    too.
+
+    Args:
+        text: of the record.
+
+    Returns:
+        The path of the Python config, and the overrides.
+    """
     values = {x.targets[0].id: x.value for x in ast.parse(text).body if isinstance(x, ast.Assign)}
     file = values["_file"]
     name = ast.literal_eval(file.args[0] if isinstance(file, ast.Call) else file)

@@ -165,13 +165,16 @@ def import_modules(names: Collection[str]) -> list[ModuleType]:
             raise DistillError(f"DISTILL.IMPORTS holds {name!r}: expected dotted names of modules.")
         try:
             modules.append(importlib.import_module(name))
+        except DistillError:
+            raise
         except Exception as error:
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             if missing is None or not f"{name}.".startswith(f"{missing}."):  # it is there, and fails
-                place = traceback.extract_tb(error.__traceback__)[-1]
+                frames = [x for x in traceback.extract_tb(error.__traceback__) if not x.filename.startswith("<frozen")]
+                is_told = isinstance(error, SyntaxError)  # where it is
+                place = "" if is_told else f" ({frames[-1].filename}, line {frames[-1].lineno})"
                 raise DistillError(
-                    f"Importing {name!r}, which DISTILL.IMPORTS names, raised {type(error).__name__}: {error} "
-                    f"({place.filename}, line {place.lineno})."
+                    f"Importing {name!r}, which DISTILL.IMPORTS names, raised {type(error).__name__}: {error}{place}."
                 ) from error
             raise DistillError(
                 f"DISTILL.IMPORTS names the module {name!r}, which cannot be imported: {error}. Give a dotted name, "

@@ -46,7 +46,7 @@ def cache_dir() -> Path:
     Raises:
         DistillError: this user has no home folder, and the variable is not set.
     """
-    root = Path(os.environ.get("DISTILL_CACHE") or os.path.expanduser("~/.cache/distill"))
+    root = Path(os.path.expanduser(os.environ.get("DISTILL_CACHE") or "~/.cache/distill"))
     if str(root).startswith("~"):
         raise DistillError(
             "This user has no home folder for the composed images of digit_scenes: set the variable DISTILL_CACHE to a "

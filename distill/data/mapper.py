@@ -12,7 +12,8 @@ _READING = ("read_image", "check_image_size")  # Detectron2's functions
 
 
 class CheckedMapper:
-    """Any dataset mapper; an image on which it fails is named in the error.
+    """Any dataset mapper; an image that cannot be read is named in the error, and so is one with values that the
+    mapper cannot use (``ValueError``).
 
     Args:
         mapper: such as Detectron2's ``DatasetMapper``.
@@ -24,18 +25,21 @@ class CheckedMapper:
     def __call__(self, dataset_dict: dict) -> dict:
         """
         Raises:
-            DistillError: the image cannot be read, or the mapper fails on it.
+            DistillError: the image cannot be read, or the mapper raises a ``ValueError`` or ``OSError``.
         """
         try:
             return self.mapper(dataset_dict)
+        except DistillError:
+            raise
         except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:  # PIL's, without the file's name
             if "mask_format" in str(error):
                 raise DistillError(
                     f"Cannot use the masks of {dataset_dict.get('file_name')!r}: {error} If they are run-length "
                     "encoded, set INPUT.MASK_FORMAT bitmask."
                 ) from error
-            frames = traceback.extract_tb(error.__traceback__)
-            if not any(x.name in _READING or Path(x.filename).parent.name == "PIL" for x in frames):
+            file, frames = dataset_dict.get("file_name"), traceback.extract_tb(error.__traceback__)
+            is_read = any(x.name in _READING or Path(x.filename).parent.name == "PIL" for x in frames)
+            if not is_read and not (file and getattr(error, "filename", None) == file):
                 place = f"{frames[-1].filename}, line {frames[-1].lineno}"
                 raise DistillError(
                     f"The mapper failed on the image {dataset_dict.get('file_name')!r}: {type(error).__name__}: "

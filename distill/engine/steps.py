@@ -112,7 +112,9 @@ def _go_on_with(settings: dict[str, Any], group: dict[str, Any]) -> dict[str, tu
         By name, what it was and what it is now, of what changed.
     """
     before, now = (x.get("initial_lr", x["lr"]) for x in (group, settings))
-    settings = {key: value for key, value in settings.items() if key not in ("lr", "initial_lr")}
+    # the last two need a state of the optimizer's that another one did not keep
+    kept = ("lr", "initial_lr", "amsgrad", "capturable")
+    settings = {key: value for key, value in settings.items() if key not in kept}
     changes = {key: (group.get(key), value) for key, value in settings.items() if group.get(key) != value}
     group.update(settings)
     if before != now:

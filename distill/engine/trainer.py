@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, TrainerBase, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import verify_results
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 from ..errors import DistillError
 from ..modeling import AlignedTeacher, DistillationModel
 from ..modeling.backbones import freeze_unused_levels
-from ..modeling.checkpoint import describe_weights, refuse_code
+from ..modeling.checkpoint import WeightsCheckpointer, describe_weights
 from ..modeling.precision import amp_dtype, keep_coordinates, keep_statistics
 from ..modeling.timm_weights import check_backbone, warn_of_other_images
 from ..recipes import Recipe, as_recipe
@@ -72,7 +71,7 @@ class Trainer(TrainerBase):
             images = cfg.SOLVER.IMS_PER_BATCH
             logger.info(f"Each iteration takes {accumulate} batches of {images} images: {accumulate * images} in all")
         self._trainer = StepTrainer(model, loader, optimizer, device, dtype, accumulate, other_dtype)
-        self.checkpointer = DetectionCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = WeightsCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self._began = time.time()  # earlier checkpoints are another run's, unless this one is resumed
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -185,7 +184,6 @@ class Trainer(TrainerBase):
         hint = "to start anew, or with another optimizer or other distillers, leave --resume out"
         try:
             check_backbone(self._unwrapped_model(), path)
-            refuse_code(path)
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=bool(last))
         except DistillError as error:
             failure, message = error, str(error)

@@ -32,29 +32,36 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise DistillError(f"it would run {module}.{name}")
 
 
-def refuse_code(path: str) -> None:
-    """Refuses a .pkl file that would run code when Detectron2 reads it. (Of other files torch reads tensors alone.)
+class WeightsCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which refuses a .pkl file that would run code when it is read. (Of other files torch
+    reads tensors alone.) Those of Detectron2's model zoo are trusted."""
 
-    Args:
-        path: a file or a URL; those of Detectron2's model zoo are trusted.
+    _source = ""
 
-    Raises:
-        DistillError: it holds something else than arrays, or cannot be read.
-    """
-    path = path.partition("?")[0]
-    if not path.endswith(".pkl") or path.startswith(_TRUSTED):
-        return
-    try:
-        with PathManager.open(path, "rb") as f:
-            _ArrayUnpickler(f, encoding="latin1").load()
-    except Exception as error:  # damaged bytes make pickle raise almost anything
-        raise DistillError(
-            f"The weights {path!r} are not read: {error}. A .pkl file of weights holds dicts of numpy arrays; if you "
-            "trust this one, load it and save its tensors by torch.save as a .pth."
-        ) from error
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
+        """See Detectron2's.
+
+        Raises:
+            DistillError: the file is a .pkl and holds something else than arrays.
+        """
+        self._source = path or ""
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename: str) -> dict:
+        if filename.endswith(".pkl") and not self._source.startswith(_TRUSTED):
+            try:
+                with PathManager.open(filename, "rb") as f:
+                    _ArrayUnpickler(f, encoding="latin1").load()
+            except Exception as error:  # damaged bytes make pickle raise almost anything
+                raise DistillError(
+                    f"The weights {self._source!r} are not read: {error}. A .pkl file of weights holds dicts of numpy "
+                    "arrays. If you trust this one, load it, and save {'model': its arrays as tensors, "
+                    "'matching_heuristics': True} by torch.save as a .pth."
+                ) from error
+        return super()._load_file(filename)
 
 
-class StrictCheckpointer(DetectionCheckpointer):
+class StrictCheckpointer(WeightsCheckpointer):
     """Loads whatever Detectron2 loads into a model, and refuses a file that does not fill all of it.
 
     Args:
@@ -100,10 +107,11 @@ class StrictCheckpointer(DetectionCheckpointer):
             ) from error
 
     def _load_file(self, filename: str) -> dict:
-        refuse_code(self._source)
         try:
             # torch.load defaults to weights_only=True: nothing in a .pth is executed
             loaded = super()._load_file(filename)
+        except DistillError:
+            raise
         except Exception as error:  # damaged bytes make torch and pickle raise almost anything
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise DistillError(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import DistillError
@@ -109,12 +110,22 @@ def keep_statistics(model: nn.Module) -> None:
     is a few times larger.
 
     Args:
-        model: whose norms get forward hooks. What they return has autocast's type.
+        model: whose norms get forward hooks. What they are given in bfloat16 they return in bfloat16.
     """
     for module in model.modules():
         if isinstance(module, NaiveSyncBatchNorm):
-            module.register_forward_pre_hook(lambda module, args: (args[0].float(),))
-            module.register_forward_hook(lambda module, args, output: output.to(autocast_dtype(output.device)))
+            module.register_forward_pre_hook(_with_float)
+            module.register_forward_hook(_without_float)
+
+
+def _with_float(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    is_shared = module.training and comm.get_world_size() > 1  # or it is torch's own batch norm
+    module.is_rounded = is_shared and args[0].dtype == torch.bfloat16
+    return (args[0].float(),) if module.is_rounded else args
+
+
+def _without_float(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+    return output.bfloat16() if module.is_rounded else output
 
 
 def _as_float(output: Any) -> Any:

@@ -8,7 +8,7 @@ import pycocotools.mask as mask_util
 import pytest
 from pycocotools.coco import COCO
 
-from distill.data.check import check_source
+from distill.data.check import _run_lengths, check_source
 from distill.data.formats import read_coco
 from distill.errors import DistillError
 from tests.data.test_formats import BOX, H, W, checked, draw, only_box, turned_corners
@@ -203,7 +203,22 @@ def test_a_json_whose_masks_pycocotools_cannot_read_is_not_evaluated(tmp_path, m
         assert api.annToMask(api.anns[5]).shape == (H, W)
 
 
-@pytest.mark.parametrize("counts", [None, 7, [10, 5], [H * W + 1]])
+def compressed(mask, cut=0):
+    text = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
+    return text[: len(text) - cut]
+
+
+def test_run_lengths_are_read_as_pycocotools_writes_them():
+    for _ in range(50):
+        mask = np.repeat(np.random.rand(H, W) > np.random.rand(), 3, 0)  # long runs and short ones
+        flat = np.concatenate([[0], mask.flatten(order="F").astype(int), [1 - mask[-1, -1]]])
+        ends = np.flatnonzero(np.diff(flat))
+        assert _run_lengths(compressed(mask).encode()) == np.diff(np.concatenate([[0], ends])).tolist()
+
+
+@pytest.mark.parametrize(
+    "counts", [None, 7, [10, 5], [H * W + 1], compressed(np.tri(H, W), 3), compressed(np.tri(H, W)) + "1"]
+)
 def test_run_lengths_that_do_not_fill_the_image_are_a_fault(tmp_path, counts):
     content = coco()
     content["annotations"][0]["segmentation"] = {"size": [H, W], "counts": counts}
@@ -216,10 +231,25 @@ def test_categories_of_one_id_are_refused(tmp_path):
         write_coco(tmp_path, coco(categories=categories((7, ("ant", "none")), (7, ("bee", "none")))))
 
 
-def test_names_of_a_split_that_the_json_does_not_list_are_told(tmp_path):
+def test_names_of_a_split_that_the_json_does_not_list_are_told(tmp_path, caplog):
     write_coco(tmp_path, coco())
-    (tmp_path / "mine.txt").write_text("a.png\nb.png\n")
-    with pytest.raises(DistillError, match="names 1 images that .*coco.json' does not list, such as b.png: .* a.png"):
-        read_coco("x", str(tmp_path / "coco.json"), str(tmp_path), "mine")
-    (tmp_path / "mine.txt").write_text("a.png\n")
+
+    def read(names):
+        (tmp_path / "mine.txt").write_text(names)
+        caplog.clear()
+        with caplog.at_level("WARNING", "distill"):
+            return read_coco("x", str(tmp_path / "coco.json"), str(tmp_path), "mine").records
+
+    with pytest.raises(DistillError, match="names images that .*coco.json' does not list, such as b.png: .* a.png"):
+        read("b.png\n")
+    assert len(read("a.png\nb.png\n")) == 1 and "does not list, such as b.png (1 of 2)" in caplog.text
+    assert len(read("a.png\n")) == 1 and not caplog.text
+
+
+@pytest.mark.parametrize("file_name", ["imgs\\a.jpg", "a.gif"])
+def test_a_split_lists_file_names_as_the_json_has_them(tmp_path, file_name):
+    content = coco()
+    content["images"][0]["file_name"] = file_name
+    write_coco(tmp_path, content)
+    (tmp_path / "mine.txt").write_text(f"{file_name}\n")
     assert len(read_coco("x", str(tmp_path / "coco.json"), str(tmp_path), "mine").records) == 1

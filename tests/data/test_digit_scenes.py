@@ -135,6 +135,9 @@ def test_a_user_without_a_home_is_told_of_the_variable(monkeypatch, tmp_path):
     monkeypatch.delenv("DISTILL_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert digit_scenes.cache_dir().parent == tmp_path / ".cache" / "distill"
+    monkeypatch.setenv("DISTILL_CACHE", "~/data")
+    assert digit_scenes.cache_dir().parent == tmp_path / "data"
+    monkeypatch.delenv("DISTILL_CACHE")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError("uid not found")))
     with pytest.raises(DistillError, match="no home folder .*set the variable DISTILL_CACHE"):

@@ -13,7 +13,7 @@ from PIL import Image
 from distill.data import register_datasets
 from distill.data.check import check_source
 from distill.data.formats import read_voc
-from distill.data.formats.source import enclosing, select
+from distill.data.formats.source import enclosing, select, walk
 from distill.errors import DistillError
 from distill.evaluation import VOCEvaluator
 from tests.data.test_register import unregister  # noqa: F401  a fixture
@@ -56,7 +56,7 @@ def only_box(source, index=0):
 # PASCAL VOC
 
 
-@pytest.mark.parametrize("ending", [".jpg", ".JPG", ".jpeg", ".png", ".bmp", ".webp", ".tif"])
+@pytest.mark.parametrize("ending", [".jpg", ".JPG", ".jpeg", ".png", ".bmp", ".webp"])
 def test_images_of_any_ending_and_names_with_spaces(tmp_path, ending):
     write_flat_voc(tmp_path, ["my photo 1", "b"], ending)
     source = checked(read_voc("x", str(tmp_path), "all"))
@@ -278,15 +278,26 @@ def test_folders_behind_links_are_read_and_a_loop_ends(tmp_path):
     assert records[0]["file_name"] == str(tmp_path / "VOC" / "JPEGImages" / "link" / "a.jpg")
 
 
+def test_links_upwards_and_to_what_is_there_add_nothing(tmp_path):
+    for name in ("one/images/train/a.jpg", "two/b.jpg"):
+        draw(tmp_path / name)
+    root = tmp_path / "one"
+    (root / "up").symlink_to(tmp_path)
+    (root / "images" / "again").symlink_to(root / "images" / "train")
+    (root / "again").symlink_to(root / "images" / "train")
+    assert walk(root) == [root / "images" / "train" / "a.jpg"]
+    (root / "other").symlink_to(tmp_path / "two")
+    assert walk(root) == [root / "images" / "train" / "a.jpg", root / "other" / "b.jpg"]
+    assert walk(tmp_path / "nowhere") == []
+
+
 def test_a_number_in_a_folders_name_is_no_year(tmp_path):
-    for folder, year in (("photos_20070312", 2012), ("VOC2007", 2007)):
+    years = {"photos_20070312": 2012, "VOC2007": 2007, "pascal_voc_2007": 2007, "2007": 2007, "VOC2012": 2012}
+    for folder, year in years.items():
         assert read_voc("x", str(write_flat_voc(tmp_path / folder)), "all").metadata == {"year": year}
 
 
-def test_an_empty_line_among_classes_is_refused(tmp_path):
+def test_empty_lines_among_classes_that_have_names(tmp_path):
     write_flat_voc(tmp_path, name="c")
-    (tmp_path / "classes.txt").write_text("\na\n \nc\n\n")
-    with pytest.raises(DistillError, match="classes.txt' has no class in its line 2"):
-        read_voc("x", str(tmp_path), "all", str(tmp_path / "classes.txt"))
-    (tmp_path / "classes.txt").write_text("a\nc\n\n\n")
+    (tmp_path / "classes.txt").write_text("\na\n\nc\n\n")
     assert read_voc("x", str(tmp_path), "all", str(tmp_path / "classes.txt")).classes == ["a", "c"]

@@ -269,6 +269,8 @@ def test_an_unreadable_image_is_named(tmp_path):
             "The mapper failed on .*a.png': FileNotFoundError: .*no_such_mask.png",
         ),
         (lambda record: Image.open(record["truncated"]).convert("RGB"), "Cannot read the image 'a.png': "),
+        (lambda record: Path(record["file_name"]).read_bytes(), "Cannot read the image 'a.png': .*No such file"),
+        (lambda record: CheckedMapper(lambda x: int("x"))({"file_name": "b.png"}), "^The mapper failed on .*'b.png'"),
     ],
 )
 def test_what_a_mapper_of_ones_own_raises_is_not_blamed_on_the_image(tmp_path, call, message):

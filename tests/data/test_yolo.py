@@ -173,6 +173,6 @@ def test_windows_paths_and_linked_folders(tmp_path):
 def test_an_empty_line_among_the_classes_of_a_folder_is_refused(tmp_path):
     draw(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_text("1 0.5 0.5 0.2 0.2\n")
-    (tmp_path / "classes.txt").write_text("ant\n\ncell\n")
-    with pytest.raises(DistillError, match="no class in its line 2: expected a name on each line"):
+    (tmp_path / "classes.txt").write_text("\nant\n \ncell\n\n")
+    with pytest.raises(DistillError, match="no class in its line 3: expected a name on each line"):
         read_yolo("x", str(tmp_path), "all")

@@ -158,7 +158,7 @@ def test_the_command_refuses_it_before_anything_is_built(tmp_path):
 
 def test_synchronised_norms_keep_their_variance_in_bfloat16(monkeypatch):
     world = types.SimpleNamespace(get_world_size=lambda: 2)  # of which both have the same batch
-    monkeypatch.setattr(batch_norm, "comm", world)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", world.get_world_size)
     monkeypatch.setattr(batch_norm, "dist", world)
     monkeypatch.setattr(batch_norm, "differentiable_all_reduce", lambda x: 2 * x)
     images = 20 + torch.randn(2, 8, 16, 16)  # a mean of 20 standard deviations

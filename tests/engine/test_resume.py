@@ -3,9 +3,11 @@
 import logging
 
 import pytest
+import torch
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
+from distill.engine.steps import StepTrainer
 from distill.recipes import YamlRecipe
 from tests.engine.test_trainer import OneBatchTrainer
 from tests.helpers import detector_cfg
@@ -53,3 +55,18 @@ def test_the_configs_learning_rate_and_weight_decay_hold_after_resuming(tmp_path
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.01}
     assert "learning rate 0.0001, no longer 0.001" in caplog.text
     assert "weight decay 0.01, no longer 0.0001" in caplog.text
+
+
+def test_what_needs_a_state_that_was_not_kept_stays_as_it_was(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+
+    def trainer(**settings):
+        own = torch.optim.AdamW([weight], lr=0.1, **settings)
+        return StepTrainer(torch.nn.Linear(1, 1), [], own, torch.device("cpu"))
+
+    before, after = trainer(), trainer(amsgrad=True, betas=(0.8, 0.99))
+    weight.grad = torch.ones(2)
+    before.optimizer.step()
+    after.load_state_dict(before.state_dict())
+    after.optimizer.step()  # which would miss a state
+    assert after.optimizer.param_groups[0]["betas"] == (0.8, 0.99)

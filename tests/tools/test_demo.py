@@ -79,9 +79,11 @@ def test_settings_of_what_was_never_trained_are_written_over(tmp_path, monkeypat
 
 
 def test_data_of_the_environment_is_not_the_demos():
-    for environment, argument, data in (({"DATA": "/x"}, [], ""), ({}, ["DATA=a b"], " --data a b")):
+    outside = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "DATA")}
+    cases = (({"DATA": "/x"}, [], ""), ({}, ["DATA="], ""), ({}, ["DATA=a b"], " --data a b"))
+    for environment, argument, data in cases:
         command = ["make", "-n", "demo", "PY=python", *argument]
-        result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=ROOT, env={**outside, **environment}, capture_output=True, text=True)
         assert f"demo.py{data}" in [line.strip().removeprefix("python tools/") for line in result.stdout.splitlines()]
 
 

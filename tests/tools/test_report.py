@@ -15,6 +15,7 @@ import torch
 from detectron2.modeling import build_model
 from PIL import Image
 
+from distill.config import write_record
 from distill.errors import DistillError
 from tests.helpers import detector_cfg, distillation_cfg, run_script, write_coco
 from tests.test_train_net_lazy import teacher_arguments, write_student
@@ -285,6 +286,24 @@ def test_another_metric_by_the_same_name_is_told(tools, runs, change, is_alike):
     assert other.is_evaluated_as(own) == own.is_evaluated_as(other) == is_alike
     other.cfg.DATASETS.TEST = ("elsewhere",)
     assert other.is_evaluated_as(own)
+
+
+@pytest.mark.parametrize("named, is_known", [("mask_rcnn.py", True), ("other.py", False)])
+def test_a_teachers_program_is_executed_only_if_it_is_the_named_one(tools, runs, tmp_path, named, is_known):
+    canary, teacher = tmp_path / "canary", tmp_path / "teacher"
+    teacher.mkdir()
+    original = Path(write_student(tmp_path))
+    shutil.copy(original, original.with_name("other.py"))
+    write_record(str(teacher / "config.py"), str(original), ["train.max_iter=7"])
+    with open(teacher / "config.py", "a") as f:
+        f.write(f"open({str(canary)!r}, 'w')\n")
+    (teacher / "model_final.pth").write_bytes(b"")
+    run = tools["reading"].Run(runs / "distilled")
+    run.cfg.DISTILL.TEACHER.WEIGHTS = str(teacher / "model_final.pth")
+    run.cfg.DISTILL.TEACHER.CONFIG_FILE = str(original.with_name(named))
+    found = tools["reading"].TeacherOf(run)
+    assert not canary.exists() and found.folder == teacher and bool(found.run) == is_known
+    assert not is_known or found.run.max_iter == 7
 
 
 def test_all_detectors_run_where_the_first_does(tools, runs):

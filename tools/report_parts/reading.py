@@ -14,7 +14,7 @@ import torch
 from detectron2.evaluation.testing import flatten_results_dict
 from runs import read_metrics
 
-from distill.config import is_record
+from distill.config import is_record, read_record
 from distill.data import register_from_config
 from distill.engine import evaluate_teacher
 from distill.engine.checkpoints import PREVIOUS_BEST
@@ -95,6 +95,7 @@ class Run:
 
     Args:
         folder: its OUTPUT_DIR.
+        recipe: of the run; by default that of the config in there.
 
     Attributes:
         recipe: of the run, on the CPU where there is no CUDA. A Python config is executed.
@@ -106,7 +107,7 @@ class Run:
         DistillError: the folder is none of a run, or its config cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, recipe: Recipe | None = None) -> None:
         self.folder = folder = folder.resolve()
         self.name = folder.name
         config = find_config(folder)
@@ -115,7 +116,7 @@ class Run:
                 f"{folder} is no run: expected the OUTPUT_DIR of a training, with the config.yaml or config.py that "
                 "train_net.py writes there."
             )
-        self.recipe = load_recipe(str(config))
+        self.recipe = recipe or load_recipe(str(config))
         if self.cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
         self.records = merge_records(read_metrics(folder))
@@ -192,13 +193,15 @@ class TeacherOf:
 
     Attributes:
         recipe: of the detector, with its weights; None where it cannot be read.
-        run: the training that it comes from, if its weights lie in that folder.
+        folder: where its weights lie, if it is that of a training.
+        run: this training, if its config can be read without executing a program that the student's does not name.
         scores: its results.
         problem: why there are none, in a sentence; empty if there are some.
     """
 
     def __init__(self, run: Run, evaluate: bool = False) -> None:
         self.recipe: Recipe | None = None
+        self.folder: Path | None = None
         self.run: Run | None = None
         self.scores: Scores = {}
         self.problem = ""
@@ -206,10 +209,9 @@ class TeacherOf:
             self.recipe = teacher_recipe(run.cfg)
             weights = self.recipe.cfg.MODEL.WEIGHTS
             config = find_config(Path(weights).parent) if Path(weights).is_file() else None
-            named = Path(run.cfg.DISTILL.TEACHER.CONFIG_FILE)
-            # a program that nobody named is not executed
-            if config and (config.suffix == ".yaml" or config.resolve() == named.resolve()):
-                self.run = Run(config.parent)
+            if config:
+                self.folder = config.parent.resolve()
+                self.run = _teachers_run(config, Path(run.cfg.DISTILL.TEACHER.CONFIG_FILE))
             self.scores = _evaluate(run) if evaluate else self._logged(Path(weights))
         except DistillError as error:
             self.problem = f"The teacher's results are not known: {error}"
@@ -235,6 +237,15 @@ class TeacherOf:
             return list(found.values())[-1] if found else {}
         # the evaluation after the last iteration is logged one later
         return found.get(iteration) or found.get(iteration + 1, {})
+
+
+def _teachers_run(config: Path, named: Path) -> Run | None:
+    """The training of a teacher's folder. Its ``config.py`` executes another file, which must be the one that the
+    student's config names."""
+    if config.suffix == ".yaml" or config.resolve() == named.resolve():
+        return Run(config.parent)
+    origin, overrides = read_record(config.read_text())
+    return Run(config.parent, load_recipe(origin, overrides)) if Path(origin).resolve() == named.resolve() else None
 
 
 def _iteration_of(weights: Path) -> int | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ...errors import DistillError
 
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # in any case
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in any case
 
 
 class Fault(NamedTuple):
@@ -92,14 +92,27 @@ def walk(folder: Path, types: Sequence[str] = IMAGE_TYPES) -> list[Path]:
     Returns:
         Files, sorted.
     """
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [path for file in files if (path := Path(place, file)).suffix.lower() in types]
+    found: list[Path] = []
+    seen: set[str] = set()
+    links: list[str] = []
+
+    def visit(top: str) -> None:
+        for place, folders, files in os.walk(top):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            links.extend(link for name in folders if os.path.islink(link := os.path.join(place, name)))
+            found.extend(path for file in files if (path := Path(place, file)).suffix.lower() in types)
+
+    root = os.path.realpath(folder)
+    visit(str(folder))  # before what links lead to, so that a file keeps its real place
+    while links:
+        links.sort()
+        link = links.pop(0)
+        if not f"{root}/".startswith(f"{os.path.realpath(link)}/"):  # a link upwards holds other data, too
+            visit(link)
     return sorted(found)
 
 
@@ -123,9 +136,10 @@ def read_classes(path: Path) -> list[str]:
         DistillError: it is not UTF-8, or a line between others is empty: it would shift the numbers of those behind it.
     """
     names = read_names(path)
-    lines = path.read_text(encoding="utf-8-sig").strip().splitlines()
-    if len(lines) != len(names):
-        empty = next(index for index, line in enumerate(lines, 1) if not line.strip())
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    used = [index for index, line in enumerate(lines) if line]
+    empty = next((index + 1 for index in range(used[0], used[-1]) if not lines[index]), None) if used else None
+    if empty:
         raise DistillError(
             f"'{path}' has no class in its line {empty}: expected a name on each line, whose numbers count from 0."
         )
@@ -145,7 +159,7 @@ def given_classes(text: str | Sequence[str]) -> list[str]:
     if not isinstance(text, str):
         return list(text)
     if os.path.isfile(text):
-        return read_classes(Path(text))
+        return read_names(Path(text))
     return [part.strip() for part in text.split(",")] if text else []
 
 
@@ -183,7 +197,7 @@ def select(name: str, split: str, stems: Sequence[str], folder: Path, own: Seque
             names = read_names(path)
             require(bool(names), name, f"the split '{path}' is empty: expected the name of an image on each line.")
             known = set(stems)
-            return list(dict.fromkeys(_without_column(line.replace("\\", "/"), known) for line in names))
+            return list(dict.fromkeys(_without_column(line, known) for line in names))
     share = _share(split)
     if share is not None:
         require(0 < abs(share) <= 1, name, f"the share {split} is not between -1 and 1.")
@@ -217,10 +231,10 @@ def _without_column(line: str, stems: set[str]) -> str:
     spaces, too. A path is cut to its name."""
     first, _, last = line.rpartition(" ")
     candidates = [line, first.strip()] if last in ("-1", "0", "1") and first else [line]
-    for candidate in candidates:
+    for candidate in [x for line in candidates for x in dict.fromkeys([line, line.replace("\\", "/")])]:
         path = Path(candidate)
         names = [candidate, path.name]
-        if path.suffix.lower() in IMAGE_TYPES:
+        if path.suffix[1:].isalpha():
             below = path.with_suffix("").as_posix()
             names = [candidate, below, below.removeprefix("data/"), path.name, path.stem]  # CVAT's begin with data/
         for stem in names:

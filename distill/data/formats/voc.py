@@ -1,6 +1,7 @@
 """PASCAL VOC's XML, in its own layout or flat, as LabelImg, CVAT and Roboflow write it."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,6 +22,7 @@ from .source import (
     walk,
 )
 
+_OF_2007 = re.compile(r"(.*voc[\W_]*)?2007([\W_].*)?", re.IGNORECASE)
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -63,7 +65,7 @@ def read_voc(name: str, root: str, split: str, classes: str | Sequence[str] = ""
     # of a flat folder what is annotated: an image without an XML file has not been looked at
     stems = select(name, split, list(annotations), lists if lists.is_dir() else folder)
     source = Source(
-        [], [], "pascal_voc", metadata={"year": 2007 if "voc2007" in folder.resolve().name.lower() else 2012}
+        [], [], "pascal_voc", metadata={"year": 2007 if _OF_2007.fullmatch(folder.resolve().name) else 2012}
     )
     parsed = {stem: _parse(path) for stem, path in annotations.items()}
     found = {c for tree in parsed.values() if tree is not None for c in _names(tree)}
