@@ -155,7 +155,7 @@ def import_modules(names: Collection[str]) -> list[ModuleType]:
         The modules.
 
     Raises:
-        DistillError: there is no such module, it raises an error, or a name is no text.
+        DistillError: there is no such module, it lacks one itself, or a name is no text.
     """
     if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a script in another folder, such as tools/, does not have it
@@ -165,16 +165,13 @@ def import_modules(names: Collection[str]) -> list[ModuleType]:
             raise DistillError(f"DISTILL.IMPORTS holds {name!r}: expected dotted names of modules.")
         try:
             modules.append(importlib.import_module(name))
-        except DistillError:
-            raise
-        except Exception as error:
+        except ImportError as error:  # another error is one of its program, and keeps its traceback
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
-            if missing is None or not f"{name}.".startswith(f"{missing}."):  # it is there, and fails
+            if missing is None or not f"{name}.".startswith(f"{missing}."):  # it is there, and lacks something
                 frames = [x for x in traceback.extract_tb(error.__traceback__) if not x.filename.startswith("<frozen")]
-                is_told = isinstance(error, SyntaxError)  # where it is
-                place = "" if is_told else f" ({frames[-1].filename}, line {frames[-1].lineno})"
                 raise DistillError(
-                    f"Importing {name!r}, which DISTILL.IMPORTS names, raised {type(error).__name__}: {error}{place}."
+                    f"Importing {name!r}, which DISTILL.IMPORTS names, raised {type(error).__name__}: {error} "
+                    f"({frames[-1].filename}, line {frames[-1].lineno})."
                 ) from error
             raise DistillError(
                 f"DISTILL.IMPORTS names the module {name!r}, which cannot be imported: {error}. Give a dotted name, "
