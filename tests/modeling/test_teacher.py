@@ -201,7 +201,7 @@ def test_a_pkl_that_would_run_code_is_refused(cfg, capsys, tmp_path):
             OneBatchTrainer(student).resume_or_load(resume=False)
     hidden = tmp_path / "teacher.pth?f=.pkl"  # Detectron2 v0.6 goes by the ending of the whole
     hidden.write_bytes(Path(path).read_bytes())
-    with pytest.raises((DistillError, AssertionError)):
+    with pytest.raises((AssertionError, ValueError)):  # as v0.6 or main puts it; the last line is what counts
         WeightsCheckpointer(torch.nn.Linear(1, 1)).load(str(hidden))
     Path(path).write_bytes(b"nothing")
     with pytest.raises(DistillError, match="teacher.pkl' are not read"):
