@@ -357,14 +357,8 @@ def main() -> None:
     parser.add_argument("--against", metavar="FILE", help="compare with what --json wrote before")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--inference", action="store_true", help="compare the detectors at inference instead of a step")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        nargs=2,
-        default=(480, 640),
-        metavar=("H", "W"),
-        help="of the image of --inference, and of the step of a Python config",
-    )
+    sizes = {"default": (480, 640), "metavar": ("H", "W"), "help": "of --inference, and of a Python config's step"}
+    parser.add_argument("--image-size", type=int, nargs=2, **sizes)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     args = parser.parse_args()
     setup_logger()

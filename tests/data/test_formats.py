@@ -251,13 +251,14 @@ def test_cvats_folders_below_the_layouts(tmp_path):
     assert [record["file_name"].split("JPEGImages/")[1] for record in source.records] == ["one/a.jpg", "two/a.png"]
 
 
-def test_pictures_of_classes_are_not_taken_for_photographs(tmp_path):
+@pytest.mark.parametrize("place, others", [("images", ["depth"]), ("photos", [])])
+def test_pictures_of_classes_are_not_taken_for_photographs(tmp_path, place, others):
     """CVAT's export without images, to which they were added."""
-    for folder in ("SegmentationClass", "SegmentationObject", "depth", "images"):
+    for folder in ("SegmentationClass", "SegmentationObject", place, *others):
         draw(tmp_path / folder / "a.png")
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "Annotations" / "a.xml").write_text(xml())
-    assert read_voc("x", str(tmp_path), "all").records[0]["file_name"] == str(tmp_path / "images" / "a.png")
+    assert read_voc("x", str(tmp_path), "all").records[0]["file_name"] == str(tmp_path / place / "a.png")
 
 
 def test_a_name_twice_in_a_list_is_one_image(tmp_path):
