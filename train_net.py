@@ -18,6 +18,7 @@ from detectron2.utils import comm
 
 from distill.config import check_output_dir, check_solver, records_kept
 from distill.data import check_datasets, register_from_config
+from distill.distillers import DISTILLER_REGISTRY
 from distill.engine import Trainer, evaluate_student, evaluate_teacher, launch
 from distill.errors import DistillError
 from distill.modeling.precision import amp_dtype, distill_dtype
@@ -30,9 +31,10 @@ def argument_parser() -> ArgumentParser:
     """Detectron2's arguments and those of distillation."""
     parser = default_argument_parser(epilog=__doc__)
     group = parser.add_argument_group("distillation")
-    group.add_argument("--distill", metavar="NAMES", help="distil a plain config by these distillers, comma-separated")
+    names = ", ".join(name.removesuffix("Distiller") for name, _ in DISTILLER_REGISTRY)
+    group.add_argument("--distill", metavar="NAMES", help=f"distil a plain config, by some of {names}")
     group.add_argument("--teacher-config", metavar="FILE", help="sets DISTILL.TEACHER.CONFIG_FILE")
-    group.add_argument("--teacher-weights", metavar="FILE", help="sets DISTILL.TEACHER.WEIGHTS")
+    group.add_argument("--teacher-weights", metavar="FILE", help="sets DISTILL.TEACHER.WEIGHTS (default: the zoo's)")
     group.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher")
     return parser
 

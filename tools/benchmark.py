@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     parser.add_argument("--against", metavar="FILE", help="compare with what --json wrote before")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each part")
     parser.add_argument("--inference", action="store_true", help="compare the detectors at inference instead of a step")
     sizes = {"default": (480, 640), "metavar": ("H", "W"), "help": "of --inference, and of a Python config's step"}
     parser.add_argument("--image-size", type=int, nargs=2, **sizes)

@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("data", nargs="+", metavar="FORM:...")
     parser.add_argument("--check", default="error", metavar="error|skip|off", help="as DATASETS.CHECK")
     parser.add_argument("--load-truncated", action="store_true", help="as INPUT.TRUNCATED load")
-    parser.add_argument("--output", type=Path, default=Path("output/check_data"), metavar="DIR", help="of the sheets")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/check_data"), metavar="DIR", help="for drawn images"
+    )
     args = parser.parse_args()
     setup_logger(name="distill")
     try:

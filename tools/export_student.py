@@ -289,9 +289,9 @@ def check_file(
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="config.yaml or config.py of the training")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint of that training")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is written")
     parser.add_argument("--format", choices=["detectron2", *FILES], default="detectron2")
     group = parser.add_argument_group("for torchscript and onnx")
     group.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: images of any size")

@@ -97,10 +97,12 @@ def check_distillers(cfg: CfgNode) -> None:
                     f"The distiller {kind!r} of {_source(unregistered[0])} is not registered: add "
                     "@DISTILLER_REGISTRY.register() above its class."
                 )
-            names = {key.lower(): key for key, _ in DISTILLER_REGISTRY}
-            nearest = names[difflib.get_close_matches(f"{kind}Distiller".lower(), names, n=1, cutoff=0)[0]]
+            # by what differs: every name ends in "Distiller", which makes "kd" look like MGDDistiller
+            short = {key.lower().removesuffix("distiller"): key for key, _ in DISTILLER_REGISTRY}
+            nearest = difflib.get_close_matches(kind.lower().removesuffix("distiller"), short, n=1)
+            hint = f"; the nearest is {short[nearest[0]]}" if nearest else ""
             raise DistillError(
-                f"Unknown distiller {kind!r} in DISTILL.DISTILLERS; the nearest is {nearest}. Registered are: {known}. "
+                f"Unknown distiller {kind!r} in DISTILL.DISTILLERS{hint}. Registered are: {known}. "
                 "For one of your own, add @DISTILLER_REGISTRY.register() to the class, and its module to "
                 "DISTILL.IMPORTS."
             )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a classifier of timm, alone or taught by another, on Detectron2's engine.
+r"""Trains a classifier of timm, alone or taught by another, on Detectron2's engine.
 
     python projects/ImageClassification/train.py --data digits --student resnet18 --output output/teacher
     python projects/ImageClassification/train.py --data digits --student test_resnet --teacher resnet18 \

@@ -73,6 +73,8 @@ def test_other_strides_point_to_aligned_distillation():
             {"DISTILL.DISTILLERS": ["ReviewDistill"]},
             "Unknown distiller 'ReviewDistill'.*Registered are: .*ReviewDistiller",
         ),
+        # no name is near: only the ending, which all share, makes it look like MGDDistiller
+        ({"DISTILL.DISTILLERS": ["kd"]}, r"Unknown distiller 'kd' in DISTILL.DISTILLERS\. Registered are"),
         ({"DISTILL.DISTILLERS": []}, "DISTILL.DISTILLERS and .*INHERIT are both empty.*ReviewDistiller"),
         ({"DISTILL.DISTILLERS": ["ReviewDistiller"] * 2}, "names 'ReviewDistiller' 2 times"),
         ({"DISTILL.IMPORTS": ["no_such_module"]}, "'no_such_module', which cannot be imported"),
