@@ -1,7 +1,8 @@
 """RetinaNet R50, taught by Cascade R-CNN on Swin-B (box AP 53.9), COCO, by Pearson correlation (PKD).
 
-PKD, arXiv 2207.02039, reports 37.4 -> 41.5 for this student from a Swin teacher of its own, over 24 epochs. The
-teacher's config is in a source checkout of Detectron2's main branch; timm must be installed:
+PKD, arXiv 2207.02039, reports 37.4 -> 41.5 for this student from a Swin teacher of its own, over 24 epochs, with its
+levels paired in another way (docs/methods.md). The teacher's config is in a source checkout of Detectron2's main
+branch; timm must be installed:
 --teacher-config DETECTRON2/projects/ViTDet/configs/COCO/cascade_mask_rcnn_swin_b_in21k_50ep.py
 """
 

@@ -18,13 +18,17 @@ from tests.distillers.test_methods import build_pair, step
 from tests.helpers import random_batch
 
 FGD_KEYS = ("TEMPERATURE", "FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "GLOBAL_WEIGHT")
+DKD, BCKD = {"DISTILL.LOGIT.KIND": "DKD"}, {"DISTILL.LOGIT.KIND": "BCKD"}
+GLOBAL_KEYS = ("TEMPERATURE", "LOCAL_FOREGROUND_WEIGHT", "LOCAL_BACKGROUND_WEIGHT", "GLOBAL_WEIGHT")
 KEYS = [
-    ("faster_rcnn", "Review", "REVIEW.POOL_SIZES", [3]),
-    ("faster_rcnn", "CWD", "CWD.TEMPERATURE", 4.0),
-    *(("faster_rcnn", "FGD", f"FGD.{key}", 0.7) for key in FGD_KEYS),
-    ("faster_rcnn", "MGD", "MGD.MASK_RATIO", 0.9),
-    ("retinanet", "CrossKD", "CROSSKD.CLASS_WEIGHT", 3.0),
-    *(("faster_rcnn", "Logit", f"LOGIT.{key}", 3.0) for key in ("ALPHA", "BETA", "TEMPERATURE")),
+    ("faster_rcnn", "Review", "REVIEW.POOL_SIZES", [3], {}),
+    ("faster_rcnn", "CWD", "CWD.TEMPERATURE", 4.0, {}),
+    *(("faster_rcnn", "FGD", f"FGD.{key}", 0.7, {}) for key in FGD_KEYS),
+    ("faster_rcnn", "MGD", "MGD.MASK_RATIO", 0.9, {}),
+    ("retinanet", "CrossKD", "CROSSKD.CLASS_WEIGHT", 3.0, {}),
+    *(("faster_rcnn", "Logit", f"LOGIT.{key}", 3.0, DKD) for key in ("ALPHA", "BETA", "TEMPERATURE")),
+    ("retinanet", "Logit", "LOGIT.BOX_WEIGHT", 3.0, BCKD),
+    *(("faster_rcnn", "GlobalKnowledge", f"GLOBAL.{key}", 3.0, {}) for key in GLOBAL_KEYS),
 ]
 
 
@@ -37,16 +41,19 @@ def views_of(model, name, batch):
     return seen
 
 
-@pytest.mark.parametrize("kind, name, key, value", KEYS)
-def test_every_key_has_an_effect(tmp_path, kind, name, key, value):
-    batch, totals = random_batch((64, 96), (61, 75)), []
-    more = {"DISTILL.LOGIT.KIND": "DKD"} if name == "Logit" else {}
+@pytest.mark.parametrize("kind, name, key, value, more", KEYS)
+def test_every_key_has_an_effect(tmp_path, kind, name, key, value, more):
+    batch, found = random_batch((64, 96), (61, 75)), []
     for settings in ({}, {f"DISTILL.{key}": value}):
         torch.manual_seed(0)
         model = build_pair(tmp_path, kind, names=[f"{name}Distiller"], **more, **settings)
+        if name == "GlobalKnowledge":
+            give_prototypes(model, (0, 1, 2))
+            for side in (model.student, model.teacher.model):  # the temperature has no effect on small logits
+                nn.init.normal_(side.roi_heads.box_predictor.cls_score.weight, std=0.5)
         torch.manual_seed(1)
-        totals.append(float(sum(views_of(model, f"{name}Distiller", batch)[2].values())))
-    assert abs(totals[0] - totals[1]) > 1e-3 * abs(totals[0])
+        found.append(views_of(model, f"{name}Distiller", batch)[2])
+    assert any(abs(found[1][loss] - was) > 1e-3 * abs(was) for loss, was in found[0].items())
 
 
 def test_fgd(tmp_path):
@@ -79,12 +86,18 @@ def test_fgd(tmp_path):
 
 def test_mgd_masks_the_cells_that_it_generates_from(tmp_path):
     model = build_pair(tmp_path, "faster_rcnn", names=["MGDDistiller"], **{"DISTILL.MGD.MASK_RATIO": 0.65})
-    distiller, given = model.distillers["MGDDistiller"], []
-    distiller.generation["p2"].register_forward_pre_hook(lambda _, args: given.append(args[0].detach().clone()))
-    student, _, _ = views_of(model, "MGDDistiller", random_batch((64, 96), (61, 75)))
-    masked = (given[0] == 0).all(1)
-    assert 0.5 < masked.float().mean() < 0.8
-    torch.testing.assert_close(given[0], distiller.adaptation["p2"](student.features["p2"]) * ~masked[:, None])
+    distiller, seen = model.distillers["MGDDistiller"], {}
+    for level, block in distiller.generation.items():
+        block.register_forward_hook(lambda _, args, out, level=level: seen.update({level: (args[0].clone(), out)}))
+    student, teacher, found = views_of(model, "MGDDistiller", random_batch((64, 96), (61, 75)))
+    assert list(seen) == ["p2", "p3", "p4", "p5", "p6"]
+    expected = 0.0
+    for level, (given, generated) in seen.items():
+        masked = (given == 0).all(1)
+        torch.testing.assert_close(given, distiller.adaptation[level](student.features[level]) * ~masked[:, None])
+        expected += (teacher.features[level] - generated).square().sum() / 2  # images
+    assert 0.5 < (seen["p2"][0] == 0).all(1).float().mean() < 0.8
+    torch.testing.assert_close(found["loss_mgd"], expected)
 
 
 def test_cwd_and_pkd(tmp_path):
@@ -94,6 +107,7 @@ def test_cwd_and_pkd(tmp_path):
         "CWDDistiller": lambda own, given: channel_wise_loss(own, given, 4.0),
         "PearsonDistiller": lambda own, given: sum(pearson_loss(*pair) for pair in zip(own, given)),
     }
+    assert model.distillers["PearsonDistiller"].levels == ["p2", "p3", "p4", "p5"]  # of five, the finest, as published
     for name, loss in losses.items():
         distiller = model.distillers[name]
         student, teacher, found = views_of(model, name, random_batch((64, 96), (61, 75)))

@@ -158,7 +158,13 @@ def test_one_class_of_a_box_head_is_compared_with_background(tmp_path, name):
 
 @pytest.mark.parametrize("kind", ["KD", "BCKD"])
 @pytest.mark.parametrize(
-    "anchors", [{"SIZES": [[24], [48], [96], [192], [384]]}, {"ASPECT_RATIOS": [[2.0, 1.0, 0.5]]}, {"OFFSET": 0.5}]
+    "anchors",
+    [
+        {"SIZES": [[24], [48], [96], [192], [384]]},
+        {"SIZES": [[14], [32], [64], [128], [256]]},  # a difference that is small beside the largest
+        {"ASPECT_RATIOS": [[2.0, 1.0, 0.5]]},
+        {"OFFSET": 0.5},
+    ],
 )
 def test_anchors_that_mean_other_boxes_are_refused(tmp_path, kind, anchors):
     same = {"MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [128], [256]]}
