@@ -330,8 +330,19 @@ def test_an_optimizers_state_of_detectron2s_own_trainer_is_taken_over(tmp_path):
 
 def test_numbers_of_a_python_config_in_yaml_keys(tmp_path):
     path = write_student(tmp_path, more="train.eval_period, dataloader.train.mapper.image_format = 70, 'RGB'\n")
-    recipe = load_recipe(path, ["train.max_iter=300", "dataloader.train.total_batch_size=6", "train.device=cpu"])
+    recipe = load_recipe(
+        path,
+        [
+            "train.max_iter=300",
+            "dataloader.train.total_batch_size=6",
+            "train.device=cpu",
+            "train.accumulate=4",
+            "train.best_metric=segm/AP",
+            "train.amp.precision=bfloat16",
+        ],
+    )
     cfg = recipe.cfg
+    assert (cfg.SOLVER.ACCUMULATE, cfg.TEST.BEST_METRIC, cfg.SOLVER.AMP.PRECISION) == (4, "segm/AP", "bfloat16")
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (300, 6, 0.001)
     assert (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, recipe.max_checkpoints) == (70, 5000, 100)
     assert cfg.DATASETS.TRAIN == ("digit_scenes_train",) and cfg.DATASETS.TEST == ("digit_scenes_val",)

@@ -106,6 +106,10 @@ def test_shares_are_each_others_rest_and_the_same_every_time(tmp_path):
         for split in ("0.8", "-0.2", "0.8")
     )
     assert first == again and len(first) == 14 and not first & rest and len(first | rest) == 17
+    assert select("x", "0.5", list("abcdefgh"), tmp_path) == ["d", "f", "g", "h"]  # by SHA-1, in every process
+    twice = list("abcdefghabcdefg")  # of two endings
+    for share in range(1, 10):
+        assert not {*select("x", f"0.{share}", twice, tmp_path)} & {*select("x", f"-0.{10 - share}", twice, tmp_path)}
     with pytest.raises(DistillError, match="share 1.5 is not between"):
         read_voc("x", str(tmp_path), "1.5")
     with pytest.raises(DistillError, match="share 0.01 of 17 images is none"):
@@ -292,10 +296,13 @@ def test_links_upwards_and_to_what_is_there_add_nothing(tmp_path):
     assert walk(tmp_path / "nowhere") == []
 
 
-def test_a_number_in_a_folders_name_is_no_year(tmp_path):
+def test_a_number_in_a_folders_name_is_no_year(tmp_path, unregister):  # noqa: F811
     years = {"photos_20070312": 2012, "VOC2007": 2007, "pascal_voc_2007": 2007, "2007": 2007, "VOC2012": 2012}
     for folder, year in years.items():
         assert read_voc("x", str(write_flat_voc(tmp_path / folder)), "all").metadata == {"year": year}
+    for folder, is_2007 in (("VOC2007", True), ("VOC2012", False)):
+        register_datasets([f"{folder}=voc:{tmp_path / folder}:all"])
+        assert VOCEvaluator(folder)._evaluator._is_2007 == is_2007
 
 
 def test_empty_lines_among_classes_that_have_names(tmp_path):

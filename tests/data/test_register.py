@@ -87,6 +87,12 @@ def test_train_and_test_of_different_classes_are_refused(tmp_path):
         DistillError, match="a and b have different classes: a has cell, which b has not; b has dog, which a has not"
     ):
         check_datasets(cfg)
+    for name, classes in (("a", ["cell", "dog"]), ("b", ["dog", "cell"])):  # the numbers mean other classes
+        MetadataCatalog.remove(name)
+        MetadataCatalog.get(name).set(thing_classes=classes, evaluator_type="pascal_voc")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    with pytest.raises(DistillError, match="a and b have different classes: in another order"):
+        check_datasets(cfg)
 
 
 def test_a_test_set_without_an_evaluator_is_refused(tmp_path):

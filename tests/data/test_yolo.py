@@ -18,7 +18,7 @@ def write_yolo(root, **more):
             (root / split / "labels").mkdir(exist_ok=True)
             (root / split / "labels" / f"{stem}.txt").write_text(f"1 {12 / W} {11 / H} {16 / W} {10 / H}\n")
     content = {"train": "../train/images", "val": "../valid/images", "nc": 2, "names": ["ant", "cell"], **more}
-    (root / "data.yaml").write_text(yaml.safe_dump(content))
+    (root / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return root / "data.yaml"
 
 
@@ -47,12 +47,13 @@ def test_a_data_yaml_is_split_anew(tmp_path):
 
 
 def test_names_by_number_polygons_and_images_without_objects(tmp_path):
-    path = write_yolo(tmp_path, names={0: "ant", 1: "cell"}, nc=None)
+    path = write_yolo(tmp_path, names={1: "cell", 0: "ant"}, nc=None)
     corners = [4 / W, 6 / H, 20 / W, 6 / H, 20 / W, 16 / H, 4 / W, 16 / H]
     (tmp_path / "train/labels/a.txt").write_text("0 " + " ".join(map(str, corners)))
     (tmp_path / "train/labels/b.txt").unlink()
     first, second = checked(read_yolo("x", str(path), "train")).records
     assert first["annotations"][0]["bbox"] == pytest.approx(BOX) and not second["annotations"]
+    assert read_yolo("x", str(path), "train").classes == ["ant", "cell"]
     assert first["annotations"][0]["segmentation"][0] == pytest.approx([4, 6, 20, 6, 20, 16, 4, 16])
 
 

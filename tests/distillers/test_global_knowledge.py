@@ -340,3 +340,16 @@ def test_a_detector_of_an_unknown_family_is_named():
     shape = {"p3": ShapeSpec(channels=8, stride=8)}
     with pytest.raises(DistillError, match="number of classes of a ProposalNetwork is not known"):
         GlobalKnowledgeDistiller(cfg, shape, shape)
+
+
+def test_the_response_is_divided_by_the_boxes_of_all_processes(tmp_path, monkeypatch):
+    model = build_pair(tmp_path)
+    batch, losses = random_batch((64, 96)), []
+    for factor in (1, 2):  # the others have three times as many
+        module = "distill.distillers.global_knowledge.mean_over_processes"
+        monkeypatch.setattr(module, lambda number, device, factor=factor: torch.tensor(float(factor * number)))
+        torch.manual_seed(0)  # of sampled proposals
+        with EventStorage():
+            losses.append(model(batch))
+    assert losses[0]["loss_response"] > 0
+    torch.testing.assert_close(losses[0]["loss_response"], 2 * losses[1]["loss_response"])

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
+from distill.distillers.instances import mean_over_processes
 from distill.errors import DistillError
 from distill.losses import box_overlap, decoupled_divergence, quality_focal_loss, soft_label_divergence
 from distill.modeling.classes import build_class_map
@@ -322,3 +324,12 @@ def test_names_that_are_not_known_are_refused(named):
     named.DATASETS.TRAIN = ("nowhere",)
     with pytest.raises(DistillError, match="those of the student are not known.*'nowhere'"):
         build_class_map(named)
+
+
+@pytest.mark.parametrize("own, other, expected", [(3, 5, 4.0), (1, 0, 0.5), (0, 0, 0.5)])
+def test_the_mean_over_processes_is_that_of_one_with_all_images(monkeypatch, own, other, expected):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(other))
+    for number in (own, torch.tensor(own)):
+        assert mean_over_processes(number, torch.device("cpu")) == expected

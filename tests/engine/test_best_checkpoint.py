@@ -74,6 +74,12 @@ def test_a_resumed_run_remembers_the_best(tmp_path, monkeypatch):
     assert best(tmp_path) == (4, {"metric": "bbox/AP", "value": 8, "iterations": 5})
 
 
+def test_another_metric_has_a_best_of_its_own(tmp_path, monkeypatch):
+    train(tmp_path, monkeypatch, boxes(7), **{"TEST.BEST_METRIC": "bbox/AP50"})  # 93
+    train(tmp_path, monkeypatch, boxes(7, 9), resume=True)
+    assert best(tmp_path) == (1, {"metric": "bbox/AP", "value": 9, "iterations": 2})
+
+
 def test_a_run_that_begins_anew_has_a_best_of_its_own(tmp_path, monkeypatch):
     train(tmp_path, monkeypatch, boxes(1, 7, 2))
     train(tmp_path, monkeypatch, boxes(3, 2))
@@ -99,6 +105,11 @@ def test_a_full_disk_ends_no_training(tmp_path, monkeypatch, caplog):
     assert "The best checkpoint so far cannot be saved: No space left" in caplog.text
     assert agreed_checkpoint(trainer.checkpointer).endswith("model_final.pth")
     assert not list(tmp_path.glob("model_best*"))
+    monkeypatch.undo()
+    train(tmp_path, monkeypatch, boxes(1, 2, 3), resume=True)
+    monkeypatch.setattr(torch, "save", refuse)
+    train(tmp_path, monkeypatch, boxes(1, 2, 3, 4), resume=True)
+    assert best(tmp_path) == (2, {"metric": "bbox/AP", "value": 3, "iterations": 3})  # the one before is as it was
 
 
 def test_resuming_never_goes_on_from_the_best(tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ from detectron2.data import MetadataCatalog
 
 from distill.config import override
 from distill.engine import evaluate
-from distill.recipes import LazyRecipe, lazy_recipe
+from distill.recipes import LazyRecipe, YamlRecipe, lazy_recipe
+from tests.helpers import detector_cfg
 from tests.test_train_net_lazy import write_student
 
 
@@ -68,3 +69,31 @@ def test_an_earlier_runs_ground_truth_is_not_taken(tmp_path, metadata, is_kept):
         recipe.evaluate(torch.nn.Identity())
     MetadataCatalog.remove("cells")
     assert cached.exists() == is_kept
+
+
+def test_the_last_checkpoint_is_evaluated_where_it_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    seen = []
+    monkeypatch.setattr(evaluate, "load_detector", lambda recipe, role: seen.append(recipe.cfg.MODEL.WEIGHTS))
+    for resume in (False, True):
+        recipe = YamlRecipe(detector_cfg("retinanet", **{"OUTPUT_DIR": str(tmp_path), "MODEL.WEIGHTS": "given.pth"}))
+        monkeypatch.setattr(recipe, "evaluate", lambda model: {})
+        evaluate.evaluate_student(recipe, resume)
+    assert seen == ["given.pth", f"{tmp_path}/model_0000004.pth"]
+
+
+@pytest.mark.parametrize("student", ["yaml", "python"])
+def test_a_teacher_without_a_test_mapper_sees_its_own_order_of_channels(tmp_path, student):
+    more = "dataloader.train.mapper.image_format = 'RGB'\ndel dataloader.test.mapper\n"
+    teacher = LazyRecipe(write_student(tmp_path / "teacher", more=more))
+    recipe = YamlRecipe(detector_cfg("faster_rcnn")) if student == "yaml" else LazyRecipe(write_student(tmp_path))
+    assert evaluate.teacher_mapper(recipe, teacher).mapper.image_format == "RGB"
+    assert recipe.build_mapper().mapper.image_format == "BGR"
+
+
+@pytest.mark.parametrize("student", ["yaml", "python"])
+def test_the_mapper_of_prototypes_reads_the_students_order_of_channels(tmp_path, student):
+    rgb = "dataloader.train.mapper.image_format = dataloader.test.mapper.image_format = 'RGB'\n"
+    recipe = YamlRecipe(detector_cfg("faster_rcnn", **{"INPUT.FORMAT": "RGB"}))
+    recipe = recipe if student == "yaml" else LazyRecipe(write_student(tmp_path, more=rgb))
+    assert recipe.build_mapper(keep_annotations=True).mapper.image_format == "RGB"

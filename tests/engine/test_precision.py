@@ -55,7 +55,8 @@ def test_trains_in_bfloat16_on_the_cpu(tmp_path, kind):
     teacher = write_teacher(tmp_path, detector_cfg(kind, channels=32))
     cfg = distillation_cfg(detector_cfg(kind, **settings, **AMP), teacher, **more)
     trainer = OneBatchTrainer(cfg)
-    seen = []
+    seen, given = [], []  # inside the backbone; to heads and distillers
+    trainer.model.student.backbone.register_forward_hook(lambda m, a, out: given.extend(x.dtype for x in out.values()))
     trainer.model.student.backbone.fpn_output4.register_forward_hook(lambda m, args, output: seen.append(output.dtype))
     trainer.model.teacher.model.backbone.fpn_output4.register_forward_hook(
         lambda m, a, output: seen.append(output.dtype)
@@ -64,6 +65,7 @@ def test_trains_in_bfloat16_on_the_cpu(tmp_path, kind):
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert set(seen) == {torch.bfloat16} and len(seen) == 6
+    assert set(given) == {torch.float32}  # or boxes would be rounded to 8 bits
     after = dict(trainer.model.named_parameters())
     assert all(value.dtype == torch.float32 for value in after.values())
     # layers' weights move; those of norms, and the distillers' where the gradient is small, may round away
@@ -183,3 +185,32 @@ def test_a_training_in_bfloat16_keeps_the_statistics_of_students_and_distillers(
         norms = [x for x in part.modules() if isinstance(x, NaiveSyncBatchNorm)]
         assert norms and all(len(norm._forward_pre_hooks) == kept for norm in norms)
     trainer.train()
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch):
+        return {"loss": (self.weight * batch).sum()}
+
+
+def test_a_scaled_step_is_the_one_that_was_asked_for_and_an_overflow_is_left_out(monkeypatch):
+    model, moved = Line(), []
+    batches = [torch.tensor([1.0]), torch.tensor([3e38]), torch.tensor([2.0])]  # times the scale, the second overflows
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    trainer = StepTrainer(model, batches, optimizer, torch.device("cpu"), other_dtype=torch.float16)
+    monkeypatch.setattr(trainer, "_write_metrics", lambda losses, data_time: None)
+    before = trainer.grad_scaler.get_scale()
+    for _ in batches:
+        trainer.run_step()
+        moved.append(model.weight.item())
+    assert moved == [-1, -1, -3] and trainer.grad_scaler.get_scale() == before / 2
+
+
+def test_the_trainer_scales_gradients_where_the_distillers_alone_compute_in_float16(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.modeling.teacher.distill_dtype", lambda cfg: torch.float16)  # refused on the CPU
+    student = detector_cfg("retinanet", **{"OUTPUT_DIR": str(tmp_path / "out"), "SOLVER.MAX_ITER": 1})
+    trainer = OneBatchTrainer(distillation_cfg(student, write_teacher(tmp_path, detector_cfg("retinanet"))))
+    assert trainer._trainer.grad_scaler.is_enabled()

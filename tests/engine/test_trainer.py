@@ -14,6 +14,7 @@ from distill.distillers import ReviewDistiller
 from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.evaluation import VOCEvaluator
+from distill.modeling.scaling import Scaling
 from distill.recipes import YamlRecipe
 from tests.helpers import aligned_cfg, detector_cfg, distillation_cfg, random_batch, set_all, write_teacher
 
@@ -244,8 +245,8 @@ def test_a_script_of_ones_own_has_the_packages_log(tmp_path):
     assert "Model: RetinaNet, " in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("name", ["LogitDistiller", "ReviewDistiller"])
-def test_precise_bn_runs_the_student_alone(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name, scale", [("LogitDistiller", 1.0), ("ReviewDistiller", 1.0), ("ReviewDistiller", 0.5)])
+def test_precise_bn_runs_the_student_alone(tmp_path, monkeypatch, name, scale):
     settings = {
         "SOLVER.MAX_ITER": 2,
         "OUTPUT_DIR": str(tmp_path / "out"),
@@ -257,7 +258,9 @@ def test_precise_bn_runs_the_student_alone(tmp_path, monkeypatch, name):
         "TEST.PRECISE_BN.NUM_ITER": 3,
         "DISTILL.DISTILLERS": [name],
         "DISTILL.LOGIT.INSTANCES": "ground_truth",  # runs the box head a second time, which fvcore refuses
-        "DISTILL.STUDENT.INPUT_SCALE": 1.0,
+        "DISTILL.STUDENT.INPUT_SCALE": scale,
+        "INPUT.MIN_SIZE_TEST": 400,
+        "INPUT.MAX_SIZE_TEST": 667,
     }
     teacher = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
     batches = [random_batch((64, 96), (64, 96)) for _ in range(3)]
@@ -271,7 +274,7 @@ def test_precise_bn_runs_the_student_alone(tmp_path, monkeypatch, name):
     student = trainer.model.student.train()
     norm = student.backbone.bottom_up.stem.conv1.norm
     means = []
-    for batch in batches:
+    for batch in [Scaling(scale).batch(x) for x in batches]:
         norm.register_forward_hook(lambda module, given, _: means.append(given[0].mean((0, 2, 3))))
         student(batch)
         norm._forward_hooks.clear()
@@ -283,3 +286,12 @@ def test_precise_bn_of_an_aligned_teacher_is_refused(tmp_path):
     settings = {"MODEL.RESNETS.NORM": "BN", "TEST.PRECISE_BN.ENABLED": True, "OUTPUT_DIR": str(tmp_path)}
     with pytest.raises(DistillError, match="TEST.PRECISE_BN.ENABLED is True, and an AlignedTeacher runs its backbone"):
         OneBatchTrainer(aligned_cfg("retinanet", **settings), [])
+
+
+def test_a_run_that_would_be_resumed_and_has_no_checkpoint_starts_anew(tmp_path):
+    settings = {"DISTILL.STUDENT.INHERIT": ["roi_heads"], "OUTPUT_DIR": str(tmp_path / "out")}
+    teacher = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
+    trainer = OneBatchTrainer(distillation_cfg(detector_cfg("faster_rcnn"), teacher, **settings))
+    trainer.resume_or_load(resume=True)
+    own, given = (x.roi_heads.box_head.fc1.weight for x in (trainer.model.student, trainer.model.teacher.model))
+    assert trainer.start_iter == 0 and torch.equal(own, given)

@@ -342,3 +342,7 @@ def test_it_wants_an_aligned_backbone_and_is_not_exported():
     fpn = build_backbone(detector_cfg("retinanet", **{"MODEL.FPN.IN_FEATURES": ["res5"]}))
     with pytest.raises(DistillError, match="two stages or more"):
         AlignedBackbone(fpn, CrossFeatureFusion(16))
+
+
+def test_the_weight_of_the_fused_losses_is_the_configs():
+    assert build("retinanet", **{"MODEL.ALIGNED_TEACHER.FUSED_LOSS_WEIGHT": 0.7}).loss_weights["fused"] == 0.7

@@ -179,6 +179,13 @@ def test_every_distiller_works_on_sides_that_pad_differently(tmp_path, kind):
     assert not idle and all(loss.isfinite() for loss in losses.values())
 
 
+def test_a_head_that_a_distiller_ran_leaves_no_record(tmp_path):
+    again = {"DISTILL.DISTILLERS": ["LogitDistiller"], "DISTILL.LOGIT.INSTANCES": "ground_truth"}
+    model = build(tmp_path, detector_cfg("faster_rcnn"), detector_cfg("faster_rcnn"), **again)
+    model(random_batch((61, 75)))
+    assert model._taps and not any(tap.has_record for tap in (model._tap, *model._taps.values()))
+
+
 def test_nothing_of_a_step_lives_longer_than_the_step(tmp_path):
     model = build(tmp_path, detector_cfg("retinanet"), detector_cfg("retinanet"))
     alive = []

@@ -46,6 +46,15 @@ def test_folded_norms_change_nothing(kind, norm):
         torch.testing.assert_close(folded[level], value, rtol=1e-10, atol=1e-10)
 
 
+def test_norms_are_folded_in_float64():
+    model = with_statistics(build_model(detector_cfg("retinanet"))).eval()
+    exact = copy.deepcopy(model).double()
+    for x in (model, exact):
+        fold_norms(x)
+    for key, value in exact.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value.float()), key
+
+
 def test_other_norms_stay():
     model = build_model(detector_cfg("faster_rcnn", channels=32, **{"MODEL.FPN.NORM": "GN"}))
     fold_norms(model)
@@ -67,6 +76,7 @@ def test_a_teacher_in_bfloat16_returns_nearly_the_same_in_float32(kind):
         assert 0 < error < 0.05  # it was computed in bfloat16
     convs = [x for x in teacher.model.modules() if isinstance(x, nn.Conv2d)]
     assert convs and all(x.weight.dtype == torch.bfloat16 for x in convs)
+    assert not any(isinstance(x, FrozenBatchNorm2d) for x in teacher.model.backbone.modules())  # they are folded
     if view.has_box_head:
         with torch.no_grad():
             logits = view.box_head([x["instances"].gt_boxes for x in batch])[0]
@@ -90,6 +100,9 @@ def test_the_students_own_losses_do_not_depend_on_the_distillations_precision(tm
         with EventStorage():
             losses[precision] = model(batch)
         sum(losses[precision].values()).backward()
+        if precision == "float32":  # beside a student in half precision, too
+            with EventStorage(), torch.autocast("cpu", torch.bfloat16):
+                model(batch)
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert seen == {"float32": torch.float32, "bfloat16": torch.bfloat16}
     for key, loss in losses["float32"].items():
@@ -131,3 +144,18 @@ def test_a_precision_that_there_is_not_is_named(precision):
     cfg = detector_cfg("faster_rcnn", **{"DISTILL.PRECISION": precision})
     with pytest.raises(DistillError, match=f"DISTILL.PRECISION is '{precision}': expected 'auto', 'float32' or 'bfl"):
         distill_dtype(cfg)
+
+
+def test_the_students_box_head_keeps_its_precision_beside_a_teacher_in_bfloat16(tmp_path):
+    settings = {"DISTILL.PRECISION": "bfloat16", "DISTILL.DISTILLERS": ["LogitDistiller"]}
+    settings["DISTILL.LOGIT.INSTANCES"] = "ground_truth"  # runs the student's head a second time
+    teacher = write_teacher(tmp_path, detector_cfg("faster_rcnn"))
+    model = build_model(distillation_cfg(detector_cfg("faster_rcnn"), teacher, **settings)).train()
+    seen = {}
+    for side, detector in (("student", model.student), ("teacher", model.teacher.model)):
+        detector.roi_heads.box_head.fc1.register_forward_hook(
+            lambda module, args, output, side=side: seen.setdefault(side, []).append(output.dtype)
+        )
+    with EventStorage():
+        model(random_batch((64, 96)))
+    assert seen == {"student": 2 * [torch.float32], "teacher": [torch.bfloat16]}

@@ -1,5 +1,6 @@
 """timm's networks under an FPN, and timm's ImageNet ResNets for Detectron2's own."""
 
+import logging
 import re
 import sys
 
@@ -226,12 +227,15 @@ class OneBatchTrainer(Trainer):
 
 @pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("depth", [18, 34, 50, 101])
-def test_detectron2s_resnet_computes_what_timms_does(tmp_path, hub, depth, distilled):
+def test_detectron2s_resnet_computes_what_timms_does(tmp_path, hub, depth, distilled, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("distill"), "propagate", True)
+    caplog.set_level(logging.INFO, "distill")  # so that the trainer sets up no log of its own
     cfg = resnet_cfg(depth, OUTPUT_DIR=str(tmp_path / "out"))
     if distilled:
         cfg = distillation_cfg(cfg, write_teacher(tmp_path, detector_cfg("faster_rcnn")))
     trainer = OneBatchTrainer(cfg)
     trainer.resume_or_load(resume=False)
+    assert f"weights of resnet{depth}.tv_in1k learned from other images" in caplog.text  # they are BGR here
     model = trainer.model.eval()
     images = torch.randn(1, 3, 96, 160)
     with torch.no_grad():
@@ -268,8 +272,9 @@ def test_images_that_imagenet_weights_do_not_know_are_warned_of(weights, values,
     assert re.search(message, text) if message else not text
 
 
-def test_a_network_knows_its_tag():
+def test_a_network_knows_its_tag(hub):
     assert TimmBackbone("resnet10t").pretrained == ""
+    assert TimmBackbone("resnet10t", weights="c3_in1k").pretrained == "resnet10t.c3_in1k"
 
 
 def test_other_backbones_are_refused(tmp_path, hub):
@@ -384,3 +389,11 @@ def test_a_network_with_one_convolution_is_frozen_and_one_of_a_single_size_is_re
     assert not body.patch_embed.proj.weight.requires_grad and body.layers_0.blocks[0].norm1.weight.requires_grad
     with pytest.raises(DistillError, match="levit_128s cannot take images of 64x64 pixels"):
         TimmBackbone("levit_128s")
+
+
+def test_the_config_says_the_norms_and_how_levels_are_fused():
+    norms = {"MODEL.TIMM.NORM": "GN", "MODEL.FPN.NORM": "GN", "MODEL.FPN.FUSE_TYPE": "avg"}
+    fpn = build_model(timm_cfg("mobilenetv3_small_050", channels=32, **norms)).backbone
+    kinds = {type(module).__name__ for module in fpn.bottom_up.modules()}
+    assert "GroupNormAct" in kinds and not any("BatchNorm" in kind for kind in kinds)
+    assert isinstance(fpn.fpn_output3.norm, nn.GroupNorm) and fpn._fuse_type == "avg"

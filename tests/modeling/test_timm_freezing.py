@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.layers import GroupNorm, GroupNormAct
 
 from distill.modeling.timm_backbone import TimmBackbone
 
@@ -37,3 +38,13 @@ def test_a_network_that_begins_at_a_coarser_stage_freezes_its_first_convolution(
     frozen = [{key for key, weight in x.named_parameters() if not weight.requires_grad} for x in backbones]
     assert backbones[0].strides[0] == 16
     assert 0 < len(frozen[0]) <= 3 and frozen[0] == frozen[1] < frozen[2]
+
+
+@pytest.mark.parametrize("norm, kind", [("GN", GroupNormAct), ("GN", GroupNorm), ("SyncBN", torch.nn.SyncBatchNorm)])
+def test_norms_of_frozen_stages_are_frozen_whatever_the_others_are(norm, kind):
+    name = "mobilenetv3_small_050" if kind is GroupNormAct else "resnet18"
+    body = TimmBackbone(name, norm=norm, freeze_at=2).body
+    frozen = [x for x in body.modules() if isinstance(x, kind) and not any(p.requires_grad for p in x.parameters())]
+    trained = [x for x in body.modules() if isinstance(x, kind)]
+    assert trained and not frozen
+    assert sum("Frozen" in type(x).__name__ for x in body.modules()) >= 2

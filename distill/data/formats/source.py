@@ -201,7 +201,7 @@ def select(name: str, split: str, stems: Sequence[str], folder: Path, own: Seque
     share = _share(split)
     if share is not None:
         require(0 < abs(share) <= 1, name, f"the share {split} is not between -1 and 1.")
-        drawn = sorted(stems, key=lambda stem: hashlib.sha1(stem.encode()).digest())
+        drawn = sorted(set(stems), key=lambda stem: hashlib.sha1(stem.encode()).digest())  # a.jpg and a.png together
         # the rest of 0.8 is -0.2, for any number of images
         first = round(len(drawn) * (share if share > 0 else 1 + share))
         chosen = sorted(drawn[:first] if share > 0 else drawn[first:])
